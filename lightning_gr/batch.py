@@ -221,6 +221,10 @@ class SequenceBatch:
         """A batch with other sparse features and everything else shared."""
         return self._with(features=features)
 
+    def without_labels(self) -> SequenceBatch:
+        """A batch without labels and everything else shared."""
+        return self._with(labels={}, denominators={})
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SequenceBatch:
         """The batch with its device tensors on `device`; host numbers stay on the host."""
         return self._map_tensors(lambda x: x.to(device=torch.device(device), non_blocking=non_blocking))

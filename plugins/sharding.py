@@ -1,0 +1,77 @@
+"""How static TorchRec collections are cut over the ranks, and which sparse optimiser steps in their backward."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+Sharding = Literal["row_wise", "table_wise", "column_wise"]
+SparseOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd"]
+
+
+def static_collections(module: nn.Module) -> dict[str, nn.Module]:
+    """The unsharded TorchRec collections inside `module`, by their path."""
+    from lightning_gr.embeddings import is_static_collection
+
+    return {name: child for name, child in module.named_modules() if is_static_collection(child)}
+
+
+def table_configs(collection: nn.Module) -> list[Any]:
+    """The configs of a collection's tables, pooled or not."""
+    read = getattr(collection, "embedding_configs", None) or collection.embedding_bag_configs
+    return list(read())  # type: ignore[operator]
+
+
+def attach_sparse_optimizer(collection: nn.Module, *, optimizer: SparseOptimizer, lr: float) -> None:
+    """Gives every table that has no optimiser of its own the strategy's, to step inside backward."""
+    from torch.distributed.optim import _apply_optimizer_in_backward as apply_in_backward
+    from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+    classes = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
+    own = [p for p in collection.parameters() if not hasattr(p, "_optimizer_classes")]
+    apply_in_backward(classes[optimizer], own, {"lr": lr})
+
+
+def make_plan(module: nn.Module, *, sharding: Sharding, device: torch.device, num_local: int) -> tuple[Any, list[Any]]:
+    """The sharding plan of all static collections, and the sharders; a collective call.
+
+    Args:
+        module: the root that is going to be wrapped.
+        sharding: how ``EmbeddingCollection`` tables are cut. ``EmbeddingBagCollection`` on the CPU has no row-wise
+            form in TorchRec; its tables are then placed whole.
+        device: compute device of this rank.
+        num_local: processes on this node.
+
+    Returns:
+        ``(ShardingPlan, sharders)``.
+    """
+    import torch.distributed as dist
+    from torchrec import EmbeddingCollection
+    from torchrec.distributed.embedding import EmbeddingCollectionSharder
+    from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+    from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+    from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+    from torchrec.distributed.types import ShardingPlan
+
+    sharders: list[Any] = [EmbeddingCollectionSharder(), EmbeddingBagCollectionSharder()]
+    constraints = {}
+    for collection in static_collections(module).values():
+        whole = sharding == "row_wise" and device.type == "cpu" and not isinstance(collection, EmbeddingCollection)
+        for config in table_configs(collection):
+            constraints[config.name] = ParameterConstraints(
+                sharding_types=["table_wise" if whole else sharding],
+                compute_kernels=[EmbeddingComputeKernel.FUSED.value],
+            )
+    if not constraints:
+        return ShardingPlan({}), sharders
+    planner = EmbeddingShardingPlanner(
+        topology=Topology(
+            world_size=dist.get_world_size(), compute_device=device.type, local_world_size=max(num_local, 1)
+        ),
+        constraints=constraints,
+    )
+    group = dist.group.WORLD
+    assert group is not None
+    return planner.collective_plan(module, sharders, group), sharders

@@ -1,0 +1,490 @@
+"""SequenceBalancedStrategy: data parallel dense layers beside sharded TorchRec tables, inside Lightning's own loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from typing_extensions import override
+
+from lightning_gr.batch import SequenceBatch
+from lightning_gr.embeddings import deferred_tables, initialise_tables
+from lightning_gr.plugins import checkpoint_directory
+from lightning_gr.plugins.sharding import (
+    Sharding,
+    SparseOptimizer,
+    attach_sparse_optimizer,
+    make_plan,
+    static_collections,
+    table_configs,
+)
+from lightning_gr.substrate import require_torchrec
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+    from torch.optim import Optimizer
+    from torchrec.distributed.model_parallel import DistributedModelParallel
+
+_DMP_ATTRIBUTE = "_lightning_gr_dmp"
+
+
+class SequenceBalancedStrategy(DDPStrategy):
+    """Trains any LightningModule on 1 to N processes; TorchRec collections inside it are sharded over the ranks.
+
+    The LightningModule itself is wrapped in TorchRec's ``DistributedModelParallel``: its static embedding collections
+    become sharded, everything else is data parallel. Table rows are updated inside backward by the sparse optimiser
+    named here; the module's own optimiser sees the dense parameters. Checkpoints are directories in Lightning's
+    sharded format and can be read on another number of ranks.
+
+    The gradient is that of one process on the union of the ranks' batches when the loss is a local sum over a global
+    denominator: a `SequenceBatch` carries what that takes, and any other module may return
+    ``{"loss": ..., "loss_sums": {task: (sum, count)}}`` from ``training_step``. Otherwise the ranks' means are
+    averaged, which is said once.
+
+    Args:
+        sharding: how the tables of an ``EmbeddingCollection`` are cut: by rows, by columns, or placed whole.
+        sparse_optimizer: optimiser of the tables that have none attached by the module.
+        sparse_lr: its learning rate. It follows the schedule of the first dense parameter group: the rate of a step
+            is ``sparse_lr * lr / initial_lr`` of that group, set before the step's backward.
+        find_unused_parameters: lets DDP look for dense parameters that a step did not use; costs time.
+        bucket_cap_mb: size of DDP's gradient buckets in MiB.
+        process_group_backend: ``gloo`` or ``nccl``; None means the device's usual one.
+        timeout: how long a collective may wait for the slowest rank.
+        start_method: how Lightning starts the processes when torchrun did not.
+        accelerator: set by Lightning.
+        parallel_devices: set by Lightning.
+        cluster_environment: set by Lightning.
+        checkpoint_io: not used; the strategy writes checkpoint directories itself.
+        precision_plugin: set by Lightning.
+
+    Raises:
+        MisconfigurationException: a setting that cannot be honoured, by name.
+        ImportError: torchrec is missing or does not fit torch; the message says how to get it.
+    """
+
+    strategy_name = "sequence_balanced"
+
+    def __init__(
+        self,
+        *,
+        sharding: Sharding = "row_wise",
+        sparse_optimizer: SparseOptimizer = "rowwise_adagrad",
+        sparse_lr: float = 0.05,
+        find_unused_parameters: bool = False,
+        bucket_cap_mb: int = 25,
+        process_group_backend: Literal["gloo", "nccl"] | None = None,
+        timeout: timedelta = timedelta(minutes=30),
+        start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen",
+        accelerator: Any = None,
+        parallel_devices: list[torch.device] | None = None,
+        cluster_environment: Any = None,
+        checkpoint_io: Any = None,
+        precision_plugin: Any = None,
+    ) -> None:
+        if checkpoint_io is not None:
+            raise MisconfigurationException(
+                f"checkpoint_io={checkpoint_io!r}: {type(self).__name__} writes sharded checkpoint directories itself; "
+                "leave it out"
+            )
+        if sparse_lr < 0:
+            raise MisconfigurationException(f"sparse_lr={sparse_lr}: expected a rate >= 0")
+        super().__init__(
+            accelerator=accelerator,
+            parallel_devices=parallel_devices,
+            cluster_environment=cluster_environment,
+            precision_plugin=precision_plugin,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+            start_method=start_method,
+        )
+        self.sharding = sharding
+        self.sparse_optimizer = sparse_optimizer
+        self.sparse_lr = sparse_lr
+        self.find_unused_parameters = find_unused_parameters
+        self.bucket_cap_mb = bucket_cap_mb
+        self._dmp: DistributedModelParallel | None = None
+        self._sparse_base_lrs: list[float] = []
+        self._said_mean_of_means = False
+
+    @property
+    @override
+    def is_distributed(self) -> bool:
+        """True on any number of processes; without it Lightning drops ``sync_dist`` silently."""
+        return True
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+    @property
+    @override
+    def lightning_restore_optimizer(self) -> bool:
+        return False
+
+    # ---- set-up ------------------------------------------------------------------------------------------------
+
+    @override
+    def setup_environment(self) -> None:
+        require_torchrec()
+        super().setup_environment()
+
+    @contextmanager
+    @override
+    def model_sharded_context(self) -> Iterator[None]:
+        with deferred_tables():
+            yield
+
+    @contextmanager
+    @override
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        # Dense layers are built on the host and moved by DDP's wrap; the base class would build tables unsharded.
+        meta = torch.device("meta") if empty_init else nullcontext()
+        with meta, self.precision_plugin.tensor_init_context():
+            yield
+
+    @override
+    def model_to_device(self) -> None:
+        """Nothing: the wrap moves the dense part, and shards are built on their device."""
+
+    @override
+    def setup(self, trainer: pl.Trainer) -> None:
+        assert self.accelerator is not None
+        assert self.lightning_module is not None
+        self.accelerator.setup(trainer)
+        self._check_precision()
+        self._dmp = self._wrap(self.lightning_module)
+        self.model = self._dmp
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._warn_of_settings_that_tables_ignore(trainer)
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+
+    def _check_precision(self) -> None:
+        precision = self.precision_plugin.precision
+        if precision not in ("32-true", "bf16-mixed", "64-true"):
+            raise MisconfigurationException(
+                f"precision={precision!r}: sharded tables update their rows inside backward, before Lightning could "
+                "unscale or convert; use 32-true or bf16-mixed"
+            )
+
+    def _wrap(self, module: pl.LightningModule) -> DistributedModelParallel:
+        from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
+        from torchrec.distributed.types import ShardingEnv
+        from torchrec.streamable import Pipelineable
+
+        earlier = module.__dict__.get(_DMP_ATTRIBUTE)
+        if earlier is not None:
+            return earlier
+        Pipelineable.register(SequenceBatch)
+        group = dist.group.WORLD
+        assert group is not None
+        seed = self.broadcast(torch.initial_seed())
+        collections = static_collections(module)
+        deferred = {
+            path: table_configs(child) for path, child in collections.items() if next(child.parameters()).is_meta
+        }
+        for child in collections.values():
+            attach_sparse_optimizer(child, optimizer=self.sparse_optimizer, lr=self.sparse_lr)
+        plan, sharders = make_plan(
+            module, sharding=self.sharding, device=self.root_device, num_local=self.num_processes
+        )
+        # Tables that the module built with values keep them: TorchRec copies them into the shards.
+        dmp = DistributedModelParallel(
+            module,
+            env=ShardingEnv.from_process_group(group),
+            device=self.root_device,
+            plan=plan,
+            sharders=sharders,
+            data_parallel_wrapper=DefaultDataParallelWrapper(
+                # A static graph asserts when accumulation skips the first synchronisation.
+                static_graph=False,
+                find_unused_parameters=self.find_unused_parameters,
+                bucket_cap_mb=self.bucket_cap_mb,
+            ),
+        )
+        left = static_collections(module)
+        if left:
+            raise MisconfigurationException(
+                f"{type(module).__name__}.{next(iter(left))}: reached by a second name or from a Python list, so it "
+                "would stay unsharded on every rank; keep one attribute a collection, in an nn.ModuleList if many"
+            )
+        for path, configs in deferred.items():
+            initialise_tables(module.get_submodule(path), seed=seed, configs=configs)
+        # Modules without dense parameters are not wrapped in DDP, and metrics would stay behind on the host.
+        module.to(self.root_device)
+        module.__dict__[_DMP_ATTRIBUTE] = dmp
+        return dmp
+
+    def _warn_of_settings_that_tables_ignore(self, trainer: pl.Trainer) -> None:
+        assert self._dmp is not None
+        if not self._dmp.fused_optimizer.params:
+            return
+        if trainer.accumulate_grad_batches > 1:
+            rank_zero_warn(
+                f"accumulate_grad_batches={trainer.accumulate_grad_batches}: sharded static tables step on every "
+                "micro-batch, so the result is not that of one large batch"
+            )
+        if trainer.gradient_clip_val:
+            rank_zero_warn(
+                f"gradient_clip_val={trainer.gradient_clip_val}: dense gradients are clipped, those of sharded static "
+                "tables are not"
+            )
+
+    @override
+    def setup_optimizers(self, trainer: pl.Trainer) -> None:
+        self._reset_optimizers_and_schedulers()
+        super().setup_optimizers(trainer)
+        for optimizer in self.optimizers:
+            self._drop_table_parameters(optimizer)
+        assert self._dmp is not None
+        if not self._sparse_base_lrs:
+            self._sparse_base_lrs = [float(group["lr"]) for group in self._dmp.fused_optimizer.param_groups]
+
+    def _drop_table_parameters(self, optimizer: Optimizer) -> None:
+        dropped = 0
+        for group in optimizer.param_groups:
+            dense = [p for p in group["params"] if not hasattr(p, "_in_backward_optimizers")]
+            dropped += len(group["params"]) - len(dense)
+            group["params"] = dense
+        if dropped:
+            rank_zero_warn(
+                f"{type(optimizer).__name__} was given {dropped} sharded table shard(s); {type(self).__name__} updates "
+                f"them in backward with {self.sparse_optimizer} (sparse_lr={self.sparse_lr}) instead"
+            )
+
+    # ---- a step ------------------------------------------------------------------------------------------------
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().training_step(*args, **kwargs)
+        if any(isinstance(x, SequenceBatch) for x in (*args, *kwargs.values())):
+            return output
+        if isinstance(output, Mapping) and "loss_sums" in output:
+            return {**output, "loss": self._mean_over_ranks(output["loss_sums"])}
+        if self.world_size > 1 and output is not None and not self._said_mean_of_means:
+            self._said_mean_of_means = True
+            rank_zero_warn(
+                f"{type(self.lightning_module).__name__}.training_step: the loss is averaged rank by rank, which "
+                "weighs samples unequally where ranks hold different numbers of them; return "
+                '{"loss": ..., "loss_sums": {task: (sum, count)}} to make it exact'
+            )
+        return output
+
+    def _mean_over_ranks(self, loss_sums: Mapping[str, tuple[Tensor, Tensor | float]]) -> Tensor:
+        """Local sums over counts of all ranks, scaled by what DDP and TorchRec divide gradients by."""
+        counts = torch.tensor(
+            [float(count) for _, count in loss_sums.values()], dtype=torch.float64, device=self.root_device
+        )
+        dist.all_reduce(counts)
+        terms = [
+            loss_sum * (self.world_size / count if count > 0 else 0.0)
+            for (loss_sum, _), count in zip(loss_sums.values(), counts.tolist(), strict=True)
+        ]
+        return torch.stack(terms).sum()
+
+    @override
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        """Sets the tables' learning rate: rows are updated inside this backward."""
+        assert self._dmp is not None
+        fused = self._dmp.fused_optimizer
+        factor = 1.0
+        if self.optimizers:
+            dense = self.optimizers[0].param_groups[0]
+            factor = dense["lr"] / dense["initial_lr"] if dense.get("initial_lr") else 1.0
+        changed = False
+        for group, base_lr in zip(fused.param_groups, self._sparse_base_lrs, strict=True):
+            changed |= group["lr"] != base_lr * factor
+            group["lr"] = base_lr * factor
+        if changed:
+            fused.step()
+
+    @override
+    def post_backward(self, closure_loss: Tensor) -> None:
+        """Nothing: the base class looks for a bare DDP model."""
+
+    @contextmanager
+    @override
+    def block_backward_sync(self) -> Iterator[None]:
+        assert self._dmp is not None
+        wrapped = self._dmp._dmp_wrapped_module
+        with wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else nullcontext():
+            yield
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------
+
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        assert self._dmp is not None
+        return self._dmp.state_dict()
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Nothing: `load_checkpoint` has read the weights in place."""
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Nothing: `save_checkpoint` takes the state itself, by parameter name."""
+        return {}
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Nothing: `load_checkpoint` has read the optimisers in place."""
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        if storage_options is not None:
+            raise TypeError(
+                f"storage_options={storage_options!r}: {type(self).__name__} writes a checkpoint directory itself and "
+                "takes none"
+            )
+        path = Path(self.broadcast(str(filepath)))
+        tensors: dict[str, Any] = {"state_dict": checkpoint.pop("state_dict")}
+        if checkpoint.pop("optimizer_states", None) is not None:
+            dense, groups = self._dense_optimizer_state()
+            tensors |= {"dense_optimizer": dense, "sparse_optimizer": self._sparse_optimizer_state()}
+            checkpoint["dense_param_groups"] = groups
+        checkpoint_directory.write(path, _tensors_only(tensors), checkpoint, is_global_zero=self.is_global_zero)
+        self.barrier()
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        path = Path(self.broadcast(str(checkpoint_path)))
+        meta = checkpoint_directory.read_meta(path)
+        assert self._dmp is not None
+        assert self.lightning_module is not None
+        shapes = checkpoint_directory.tensor_shapes(path)
+        weights = self._dmp.state_dict()
+        self._check_weights(path, weights, shapes)
+        tensors: dict[str, Any] = {"state_dict": weights}
+        restore_optimizers = (
+            self.lightning_module.trainer.state.fn == TrainerFn.FITTING and "dense_param_groups" in meta
+        )
+        if restore_optimizers:
+            tensors["dense_optimizer"] = self._empty_dense_state(path, shapes)
+            tensors["sparse_optimizer"] = self._sparse_optimizer_state()
+        checkpoint_directory.read_tensors(path, _tensors_only(tensors))
+        self._dmp.load_state_dict(weights)
+        if restore_optimizers:
+            self._load_dense_state(tensors["dense_optimizer"], meta["dense_param_groups"])
+        self.barrier()
+        return meta
+
+    def _check_weights(
+        self, path: Path, weights: Mapping[str, Any], shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    ) -> None:
+        for name, weight in weights.items():
+            saved = shapes.get(f"state_dict.{name}")
+            if saved is None:
+                raise ValueError(
+                    f"checkpoint {path}: has no {name}; it was saved by another model, so use its own configuration"
+                )
+            if tuple(weight.size()) != saved[0]:
+                raise ValueError(
+                    f"checkpoint {path}: {name} has shape {saved[0]}, the model wants {tuple(weight.size())}; use the "
+                    "configuration and data it was trained with"
+                )
+
+    def _dense_parameters(self) -> dict[str, Tensor]:
+        assert self.lightning_module is not None
+        return {
+            name: parameter
+            for name, parameter in self.lightning_module.named_parameters()
+            if not hasattr(parameter, "_in_backward_optimizers")
+        }
+
+    def _bare_optimizers(self) -> list[Optimizer]:
+        return [x._optimizer if isinstance(x, LightningOptimizer) else x for x in self.optimizers]
+
+    def _dense_optimizer_state(self) -> tuple[dict[str, Any], list[list[dict[str, Any]]]]:
+        """State tensors by optimiser and parameter name, and the groups with parameters as names."""
+        names = {parameter: name for name, parameter in self._dense_parameters().items()}
+        states: dict[str, Any] = {}
+        groups: list[list[dict[str, Any]]] = []
+        for index, optimizer in enumerate(self._bare_optimizers()):
+            states[str(index)] = {names[p]: dict(state) for p, state in optimizer.state.items() if p in names}
+            groups.append(
+                [{**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
+            )
+        return states, groups
+
+    def _empty_dense_state(
+        self, path: Path, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+    ) -> dict[str, Any]:
+        """Tensors of the saved shapes for every optimiser state of this model's dense parameters."""
+        parameters = self._dense_parameters()
+        states: dict[str, Any] = {}
+        for key, (shape, dtype) in shapes.items():
+            if not key.startswith("dense_optimizer."):
+                continue
+            index, _, rest = key.removeprefix("dense_optimizer.").partition(".")
+            name, _, entry = rest.rpartition(".")
+            if name not in parameters:
+                raise ValueError(
+                    f"checkpoint {path}: holds optimiser state of {name}, which the model does not have; use the "
+                    "configuration it was trained with"
+                )
+            device = parameters[name].device if shape else torch.device("cpu")
+            states.setdefault(index, {}).setdefault(name, {})[entry] = torch.empty(shape, dtype=dtype, device=device)
+        return states
+
+    def _load_dense_state(self, states: Mapping[str, Any], saved_groups: list[list[dict[str, Any]]]) -> None:
+        parameters = self._dense_parameters()
+        for index, (optimizer, groups) in enumerate(zip(self._bare_optimizers(), saved_groups, strict=True)):
+            optimizer.state.clear()
+            for name, state in states.get(str(index), {}).items():
+                optimizer.state[parameters[name]] = state
+            for group, saved in zip(optimizer.param_groups, groups, strict=True):
+                group.update({key: value for key, value in saved.items() if key != "params"})
+
+    def _sparse_optimizer_state(self) -> dict[str, Any]:
+        assert self._dmp is not None
+        state: dict[str, Any] = self._dmp.fused_optimizer.state_dict()["state"]
+        return state
+
+    # ---- end ---------------------------------------------------------------------------------------------------
+
+    @override
+    def teardown(self) -> None:
+        # Not the base class: it would move the shards and the optimisers to the host.
+        assert self.cluster_environment is not None
+        assert self.accelerator is not None
+        self.cluster_environment.teardown()
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+
+    @classmethod
+    @override
+    def register_strategies(cls, strategy_registry: Any) -> None:
+        strategy_registry.register(
+            cls.strategy_name,
+            cls,
+            description="sequence-balanced data parallelism with sharded TorchRec embeddings",
+        )
+
+
+def _tensors_only(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries without empty branches and without what is not a tensor."""
+    kept: dict[str, Any] = {}
+    for key, value in state.items():
+        if isinstance(value, Mapping):
+            branch = _tensors_only(value)
+            if branch:
+                kept[key] = branch
+        elif isinstance(value, Tensor) or hasattr(value, "local_shards"):
+            kept[key] = value
+    return kept
