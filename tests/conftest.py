@@ -1,0 +1,103 @@
+"""Shared fixtures: pools of real gloo processes, started once a session and reused by every distributed test."""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+
+def _load(file: str) -> Any:
+    name = "gloo_job_" + os.path.basename(file).removesuffix(".py")
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+def _work(rank: int, world_size: int, port: int, pipe: Any) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_RUN_ID": "tests",
+        "OMP_NUM_THREADS": "1",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    from datetime import timedelta
+
+    import torch
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=100))
+    while (job := pipe.recv()) is not None:
+        file, name, args, kwargs = job
+        try:
+            pipe.send((True, getattr(_load(file), name)(*args, **kwargs)))
+        except BaseException:  # reported to the test, which fails with it
+            pipe.send((False, traceback.format_exc()))
+
+
+class GlooPool:
+    """Runs a function of a test file on every rank of a world and returns the ranks' results in order."""
+
+    def __init__(self, world_size: int) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        context = multiprocessing.get_context("spawn")
+        self.world_size = world_size
+        self._pipes, self._processes = [], []
+        for rank in range(world_size):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_work, args=(rank, world_size, port, theirs), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout: float = 180, **kwargs: Any) -> list[Any]:
+        file = sys.modules[function.__module__].__file__
+        for pipe in self._pipes:
+            pipe.send((file, function.__name__, args, kwargs))
+        results = []
+        for rank, pipe in enumerate(self._pipes):
+            assert pipe.poll(timeout), f"rank {rank} of {self.world_size} did not answer within {timeout} s"
+            results.append(pipe.recv())
+        failures = [text for ok, text in results if not ok]
+        assert not failures, "\n".join(failures)
+        return [value for _, value in results]
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+
+
+@pytest.fixture(scope="session")
+def gloo() -> Iterator[Callable[[int], GlooPool]]:
+    """``gloo(n)`` is the session's pool of n processes; each pool has its own process group."""
+    pools: dict[int, GlooPool] = {}
+
+    def pool(world_size: int) -> GlooPool:
+        if world_size not in pools:
+            pools[world_size] = GlooPool(world_size)
+        return pools[world_size]
+
+    yield pool
+    for opened in pools.values():
+        opened.close()
