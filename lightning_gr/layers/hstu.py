@@ -1,0 +1,233 @@
+"""HSTU blocks over jagged sequences (Zhai et al., arXiv 2402.17152, section 3).
+
+Shape suffixes: T tokens of all sequences together, D model width, H heads, P rows of the position table, N time buckets.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from lightning_gr.ops.hstu_attention import attention_flops, hstu_attention
+from lightning_gr.ops.interval_mask import IntervalMask
+from lightning_gr.ops.jagged import JaggedLayout
+
+_INIT_STD = 0.02
+
+
+def hstu_layer_flops(
+    num_tokens: int, num_visible_pairs: int, *, dim: int, num_heads: int, qk_dim: int, v_dim: int
+) -> int:
+    """Forward floating-point operations of one layer: two projections and the attention over visible pairs."""
+    projections = 2 * num_tokens * dim * num_heads * (2 * qk_dim + 2 * v_dim) + 2 * num_tokens * num_heads * v_dim * dim
+    return projections + attention_flops(num_visible_pairs, num_heads=num_heads, qk_dim=qk_dim, v_dim=v_dim)
+
+
+class HSTULayer(nn.Module):
+    """One block: ``x + W_o(dropout(U * norm(attention(Q, K, V))))`` with ``U, V, Q, K = silu(W norm(x))``.
+
+    Args:
+        dim: model width.
+        num_heads: heads.
+        qk_dim: width of a head's queries and keys.
+        v_dim: width of a head's values and gate.
+        max_length: longest sequence; sets the reach of the position bias.
+        dropout: on the gated output.
+        attention_dropout: on the attention weights.
+        position_bias: whether attention has a bias by relative position.
+        time_buckets: buckets of the bias by time difference; 0 leaves it out.
+        activation: of the attention.
+        scale: factor of the attention weights.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        num_heads: int,
+        qk_dim: int,
+        v_dim: int,
+        max_length: int,
+        dropout: float,
+        attention_dropout: float,
+        position_bias: bool,
+        time_buckets: int,
+        activation: Literal["silu", "softmax"],
+        scale: float,
+    ) -> None:
+        super().__init__()
+        self.num_heads, self.qk_dim, self.v_dim = num_heads, qk_dim, v_dim
+        self.dropout, self.attention_dropout = dropout, attention_dropout
+        self.activation: Literal["silu", "softmax"] = activation
+        self.scale = scale
+        self.input_norm = nn.LayerNorm(dim)
+        self.uvqk = nn.Linear(dim, num_heads * (2 * v_dim + 2 * qk_dim))
+        self.attention_norm = nn.LayerNorm(num_heads * v_dim)
+        self.output = nn.Linear(num_heads * v_dim, dim)
+        for linear in (self.uvqk, self.output):
+            nn.init.normal_(linear.weight, std=_INIT_STD)
+            nn.init.zeros_(linear.bias)
+        self.position_table_PH = (
+            nn.Parameter(torch.randn(2 * max_length - 1, num_heads) * _INIT_STD) if position_bias else None
+        )
+        self.time_table_NH = nn.Parameter(torch.randn(time_buckets, num_heads) * _INIT_STD) if time_buckets else None
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        *,
+        layout: JaggedLayout,
+        mask: IntervalMask,
+        times_T: Tensor | None = None,
+        request_times_T: Tensor | None = None,
+    ) -> Tensor:
+        """(T, D) to (T, D); see `HSTUEncoder.forward`."""
+        v_width, qk_width = self.num_heads * self.v_dim, self.num_heads * self.qk_dim
+        projected = F.silu(self.uvqk(self.input_norm(x_TD)))
+        u, v, q, k = projected.split([v_width, v_width, qk_width, qk_width], dim=-1)
+        attended = hstu_attention(
+            q.unflatten(-1, (self.num_heads, self.qk_dim)),
+            k.unflatten(-1, (self.num_heads, self.qk_dim)),
+            v.unflatten(-1, (self.num_heads, self.v_dim)),
+            q_layout=layout,
+            mask=mask,
+            scale=self.scale,
+            position_table_PH=self.position_table_PH,
+            time_table_NH=self.time_table_NH if times_T is not None else None,
+            q_times_T=request_times_T,
+            k_times_T=times_T,
+            activation=self.activation,
+            dropout=self.attention_dropout,
+            training=self.training,
+        )
+        gated = u * self.attention_norm(attended.flatten(1))
+        out: Tensor = x_TD + self.output(F.dropout(gated, self.dropout, self.training))
+        return out
+
+
+class HSTUEncoder(nn.Module):
+    """A stack of HSTU blocks with learned input positions.
+
+    Args:
+        dim: model width, equal to the item embedding's.
+        num_layers: blocks.
+        num_heads: heads a block.
+        qk_dim: width of a head's queries and keys; None means ``dim / num_heads``.
+        v_dim: width of a head's values; None means ``dim / num_heads``.
+        max_length: longest sequence in tokens.
+        dropout: on the input and on each block's gated output.
+        attention_dropout: on the attention weights.
+        input_position_embedding: whether the input has a learned embedding by position.
+        position_bias: whether attention has a bias by relative position.
+        time_bias: whether attention has a bias by time difference, where the data has times.
+        time_buckets: logarithmic buckets of the time bias.
+        activation: `silu` is HSTU's, `softmax` SASRec's.
+        scale: factor of the attention weights; None means ``1 / max_length``. Pinned, so that a user's outputs do not
+            depend on batch mates.
+
+    Raises:
+        ValueError: a size that cannot work, by name.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int = 64,
+        num_layers: int = 2,
+        num_heads: int = 2,
+        qk_dim: int | None = None,
+        v_dim: int | None = None,
+        max_length: int = 200,
+        dropout: float = 0.2,
+        attention_dropout: float = 0.0,
+        input_position_embedding: bool = True,
+        position_bias: bool = True,
+        time_bias: bool = True,
+        time_buckets: int = 128,
+        activation: Literal["silu", "softmax"] = "silu",
+        scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        sizes = {"dim": dim, "num_layers": num_layers, "num_heads": num_heads, "max_length": max_length}
+        for name, size in (sizes | {"time_buckets": time_buckets}).items():
+            if size < 1:
+                raise ValueError(f"{name}={size}: expected at least 1")
+        if (qk_dim is None or v_dim is None) and dim % num_heads:
+            raise ValueError(f"dim={dim}: not divisible by num_heads={num_heads}; change one, or give qk_dim and v_dim")
+        for name, rate in (("dropout", dropout), ("attention_dropout", attention_dropout)):
+            if not 0 <= rate < 1:
+                raise ValueError(f"{name}={rate}: expected a probability in [0, 1)")
+        self.dim, self.max_length, self.dropout = dim, max_length, dropout
+        self.position_PD = (
+            nn.Parameter(torch.randn(max_length, dim) * _INIT_STD) if input_position_embedding else None
+        )
+        self.layers = nn.ModuleList(
+            HSTULayer(
+                dim=dim,
+                num_heads=num_heads,
+                qk_dim=qk_dim or dim // num_heads,
+                v_dim=v_dim or dim // num_heads,
+                max_length=max_length,
+                dropout=dropout,
+                attention_dropout=attention_dropout,
+                position_bias=position_bias,
+                time_buckets=time_buckets if time_bias else 0,
+                activation=activation,
+                scale=1 / max_length if scale is None else scale,
+            )
+            for _ in range(num_layers)
+        )
+
+    def forward(
+        self,
+        x_TD: Tensor,
+        *,
+        layout: JaggedLayout,
+        mask: IntervalMask,
+        times_T: Tensor | None = None,
+        request_times_T: Tensor | None = None,
+    ) -> Tensor:
+        """Encodes the tokens of jagged sequences.
+
+        Args:
+            x_TD: token embeddings.
+            layout: lengths of the sequences.
+            mask: which tokens each token sees.
+            times_T: int64 time of each token in seconds, for the time bias; None leaves it out.
+            request_times_T: int64 time of the request that each token answers: in retrieval the next event's time,
+                known when the request comes. None means `times_T`.
+
+        Returns:
+            (T, D).
+
+        Raises:
+            ValueError: a sequence is longer than `max_length`.
+        """
+        if layout.max_length > self.max_length:
+            raise ValueError(
+                f"max_length={self.max_length}: a sequence has {layout.max_length} tokens; raise the encoder's "
+                "max_length or lower the data's"
+            )
+        if self.position_PD is not None:
+            x_TD = x_TD + self.position_PD[layout.position_T]
+        x_TD = F.dropout(x_TD, self.dropout, self.training)
+        request_times_T = times_T if request_times_T is None else request_times_T
+        for layer in self.layers:
+            x_TD = layer(x_TD, layout=layout, mask=mask, times_T=times_T, request_times_T=request_times_T)
+        return x_TD
+
+    def flops(self, num_tokens: int, num_visible_pairs: int) -> int:
+        """Forward floating-point operations for these many tokens and visible pairs."""
+        layer = self.layers[0]
+        assert isinstance(layer, HSTULayer)
+        return len(self.layers) * hstu_layer_flops(
+            num_tokens,
+            num_visible_pairs,
+            dim=self.dim,
+            num_heads=layer.num_heads,
+            qk_dim=layer.qk_dim,
+            v_dim=layer.v_dim,
+        )

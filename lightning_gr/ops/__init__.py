@@ -1,0 +1,1 @@
+"""Functions on jagged tensors; torch only, each with an obvious reference."""

@@ -1,0 +1,123 @@
+"""One attention mask for every paper: each query sees two column intervals of its own sequence and, if flagged, itself.
+
+Shape suffixes: B sequences, T query tokens of all sequences together, Q longest query sequence, K longest key sequence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_gr.ops.jagged import JaggedLayout
+
+
+@dataclass(frozen=True)
+class IntervalMask:
+    """Row i sees the key columns ``[0, a) + [b, c) + {own position, if self}`` of its own sequence.
+
+    Columns count from the start of the row's own sequence. The intervals do not overlap: ``a <= b <= c``.
+
+    Args:
+        a_T: int64 end of the first interval of each query row.
+        b_T: int64 start of the second.
+        c_T: int64 end of the second; an empty one has ``b == c``.
+        self_T: bool, whether the row also sees the column of its own position.
+    """
+
+    a_T: Tensor
+    b_T: Tensor
+    c_T: Tensor
+    self_T: Tensor
+
+    def __post_init__(self) -> None:
+        shape = self.a_T.shape
+        for name in ("a_T", "b_T", "c_T", "self_T"):
+            tensor = getattr(self, name)
+            if tensor.dim() != 1 or tensor.shape != shape:
+                raise ValueError(
+                    f"IntervalMask.{name}: expected one entry a query row, shape {tuple(shape)}, got "
+                    f"{tuple(tensor.shape)}"
+                )
+            wanted = torch.bool if name == "self_T" else torch.int64
+            if tensor.dtype != wanted:
+                raise ValueError(f"IntervalMask.{name}: expected {wanted}, got {tensor.dtype}")
+
+    @classmethod
+    def _prefix(cls, a_T: Tensor, self_T: Tensor | None = None) -> IntervalMask:
+        nothing = a_T
+        return cls(a_T, nothing, nothing, torch.zeros_like(a_T, dtype=torch.bool) if self_T is None else self_T)
+
+    @classmethod
+    def causal(cls, layout: JaggedLayout) -> IntervalMask:
+        """Each token sees itself and what came before (HSTU, arXiv 2402.17152)."""
+        return cls._prefix(layout.position_T + 1)
+
+    @classmethod
+    def contextual_prefix(cls, layout: JaggedLayout, num_contextual_B: Tensor) -> IntervalMask:
+        """The first tokens of a sequence see each other fully and are seen by all; the rest is causal.
+
+        Args:
+            layout: lengths of the sequences.
+            num_contextual_B: contextual tokens of each sequence, int64, on the host.
+
+        Raises:
+            ValueError: a sequence has more contextual tokens than tokens.
+        """
+        contextual_T = _per_token(layout, num_contextual_B, "num_contextual_B")
+        return cls._prefix(torch.maximum(layout.position_T + 1, contextual_T))
+
+    @classmethod
+    def candidates(cls, layout: JaggedLayout, num_candidates_B: Tensor) -> IntervalMask:
+        """The last tokens of a sequence are candidates: each sees the history and itself; the history is causal.
+
+        Args:
+            layout: lengths of the sequences, candidates included.
+            num_candidates_B: candidates of each sequence, int64, on the host.
+
+        Raises:
+            ValueError: a sequence has more candidates than tokens.
+        """
+        history_B = layout.lengths_B - num_candidates_B
+        history_T = _per_token(layout, history_B, "num_candidates_B")
+        return cls._prefix(torch.minimum(layout.position_T + 1, history_T), layout.position_T >= history_T)
+
+    def visible(self, q_layout: JaggedLayout, k_layout: JaggedLayout) -> Tensor:
+        """The mask in full, bool (B, Q, K); rows and columns beyond a sequence's length are False."""
+        device = self.a_T.device
+        columns_K = torch.arange(k_layout.max_length, device=device)
+        seen_TK = (columns_K < self.a_T[:, None]) | (
+            (columns_K >= self.b_T[:, None]) & (columns_K < self.c_T[:, None])
+        )
+        seen_TK = seen_TK | (self.self_T[:, None] & (columns_K == q_layout.position_T[:, None]))
+        lengths_B = k_layout.lengths_B.to(device)
+        seen_TK = seen_TK & (columns_K < lengths_B[q_layout.sequence_T][:, None])
+        dense = torch.zeros(
+            q_layout.num_sequences, q_layout.max_length, k_layout.max_length, dtype=torch.bool, device=device
+        )
+        dense[q_layout.sequence_T, q_layout.position_T] = seen_TK
+        return dense
+
+    def num_visible_pairs(self, q_layout: JaggedLayout, k_layout: JaggedLayout) -> int:
+        """How many (query, key) pairs are seen, counted without the dense mask; reads back from the device."""
+        keys_T = k_layout.lengths_B.to(self.a_T.device)[q_layout.sequence_T]
+        first_T = torch.minimum(self.a_T, keys_T)
+        second_T = (torch.minimum(self.c_T, keys_T) - torch.minimum(self.b_T, keys_T)).clamp(min=0)
+        own_T = q_layout.position_T
+        in_first_T = own_T < self.a_T
+        in_second_T = (own_T >= self.b_T) & (own_T < self.c_T)
+        alone_T = self.self_T & (own_T < keys_T) & ~in_first_T & ~in_second_T
+        return int((first_T + second_T + alone_T).sum())
+
+
+def _per_token(layout: JaggedLayout, counts_B: Tensor, name: str) -> Tensor:
+    """Host counts of the sequences, checked, spread over their tokens on the device."""
+    if counts_B.device.type != "cpu" or counts_B.shape != layout.lengths_B.shape:
+        raise ValueError(
+            f"{name}: expected one host count a sequence, shape {tuple(layout.lengths_B.shape)}, got shape "
+            f"{tuple(counts_B.shape)} on {counts_B.device}"
+        )
+    if bool(((counts_B < 0) | (counts_B > layout.lengths_B)).any()):
+        raise ValueError(f"{name}: expected counts between 0 and the length of each sequence")
+    return counts_B.to(layout.offsets_B1.device, non_blocking=True)[layout.sequence_T]

@@ -1,0 +1,21 @@
+"""Jagged to padded dense and back, for references and checks; fused operators never pad.
+
+Shape suffixes: B sequences, L longest, T tokens of all sequences together.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from lightning_gr.ops.jagged import JaggedLayout
+
+
+def jagged_to_dense(x_T: Tensor, layout: JaggedLayout) -> Tensor:
+    """Pads (T, ...) to (B, L, ...) with zeros; differentiable, any dtype."""
+    dense = x_T.new_zeros(layout.num_sequences, layout.max_length, *x_T.shape[1:])
+    return dense.index_put((layout.sequence_T, layout.position_T), x_T)
+
+
+def dense_to_jagged(x_BL: Tensor, layout: JaggedLayout) -> Tensor:
+    """Drops the padding of (B, L, ...): (T, ...); differentiable, any dtype."""
+    return x_BL[layout.sequence_T, layout.position_T]
