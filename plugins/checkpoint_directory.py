@@ -127,7 +127,7 @@ def read_meta(path: Path) -> dict[str, Any]:
     check_complete(path)
     try:
         meta = torch.load(path / META_FILENAME, weights_only=True, map_location="cpu")
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, IndexError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path / META_FILENAME}: cannot be read ({reason}); use another checkpoint") from error
     if not isinstance(meta, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Literal
 
 import torch
@@ -66,6 +67,8 @@ def make_plan(module: nn.Module, *, sharding: Sharding, device: torch.device, nu
             )
     if not constraints:
         return ShardingPlan({}), sharders
+    # The planner warns of dry runs and topologies that do not concern a user of this strategy.
+    logging.getLogger("torchrec.distributed.planner").setLevel(logging.ERROR)
     planner = EmbeddingShardingPlanner(
         topology=Topology(
             world_size=dist.get_world_size(), compute_device=device.type, local_world_size=max(num_local, 1)

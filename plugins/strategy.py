@@ -57,7 +57,7 @@ class SequenceBalancedStrategy(DDPStrategy):
         sharding: how the tables of an ``EmbeddingCollection`` are cut: by rows, by columns, or placed whole.
         sparse_optimizer: optimiser of the tables that have none attached by the module.
         sparse_lr: its learning rate. It follows the schedule of the first dense parameter group: the rate of a step
-            is ``sparse_lr * lr / initial_lr`` of that group, set before the step's backward.
+            is ``sparse_lr * lr / initial_lr`` of that group, set before the step's forward.
         find_unused_parameters: lets DDP look for dense parameters that a step did not use; costs time.
         bucket_cap_mb: size of DDP's gradient buckets in MiB.
         process_group_backend: ``gloo`` or ``nccl``; None means the device's usual one.
@@ -187,7 +187,8 @@ class SequenceBalancedStrategy(DDPStrategy):
 
         earlier = module.__dict__.get(_DMP_ATTRIBUTE)
         if earlier is not None:
-            return earlier
+            self._sparse_base_lrs = earlier[1]
+            return earlier[0]
         Pipelineable.register(SequenceBatch)
         group = dist.group.WORLD
         assert group is not None
@@ -225,7 +226,8 @@ class SequenceBalancedStrategy(DDPStrategy):
             initialise_tables(module.get_submodule(path), seed=seed, configs=configs)
         # Modules without dense parameters are not wrapped in DDP, and metrics would stay behind on the host.
         module.to(self.root_device)
-        module.__dict__[_DMP_ATTRIBUTE] = dmp
+        self._sparse_base_lrs = [float(group["lr"]) for group in dmp.fused_optimizer.param_groups]
+        module.__dict__[_DMP_ATTRIBUTE] = (dmp, self._sparse_base_lrs)
         return dmp
 
     def _warn_of_settings_that_tables_ignore(self, trainer: pl.Trainer) -> None:
@@ -249,9 +251,6 @@ class SequenceBalancedStrategy(DDPStrategy):
         super().setup_optimizers(trainer)
         for optimizer in self.optimizers:
             self._drop_table_parameters(optimizer)
-        assert self._dmp is not None
-        if not self._sparse_base_lrs:
-            self._sparse_base_lrs = [float(group["lr"]) for group in self._dmp.fused_optimizer.param_groups]
 
     def _drop_table_parameters(self, optimizer: Optimizer) -> None:
         dropped = 0
@@ -269,6 +268,7 @@ class SequenceBalancedStrategy(DDPStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        self._set_sparse_learning_rates()
         output = super().training_step(*args, **kwargs)
         if any(isinstance(x, SequenceBatch) for x in (*args, *kwargs.values())):
             return output
@@ -295,9 +295,8 @@ class SequenceBalancedStrategy(DDPStrategy):
         ]
         return torch.stack(terms).sum()
 
-    @override
-    def pre_backward(self, closure_loss: Tensor) -> None:
-        """Sets the tables' learning rate: rows are updated inside this backward."""
+    def _set_sparse_learning_rates(self) -> None:
+        """Before forward: FBGEMM captures the rate there and updates the rows in backward."""
         assert self._dmp is not None
         fused = self._dmp.fused_optimizer
         factor = 1.0
@@ -310,6 +309,10 @@ class SequenceBalancedStrategy(DDPStrategy):
             group["lr"] = base_lr * factor
         if changed:
             fused.step()
+
+    @override
+    def pre_backward(self, closure_loss: Tensor) -> None:
+        """Nothing: the base class looks for a bare DDP model."""
 
     @override
     def post_backward(self, closure_loss: Tensor) -> None:

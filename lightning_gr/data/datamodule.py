@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
-import torch
 from typing_extensions import override
 
 from lightning_gr.data.interactions import Interactions
@@ -34,7 +35,7 @@ class SequenceDataModule(pl.LightningDataModule):
         eval_global_tokens: the same for validation, test and predict; None means `global_tokens`.
         max_length: longest history in tokens; longer ones keep the most recent.
         num_workers: background processes that collate.
-        seed: seed of the shuffle; None means the run's (`seed_everything`).
+        seed: seed of the shuffle; None means the run's (`seed_everything`), or 0 where it has none.
         predict_from: whose next item `predict` ranks: after the whole history, or after the history of the test item.
 
     Attributes:
@@ -52,7 +53,7 @@ class SequenceDataModule(pl.LightningDataModule):
         self,
         *,
         path: str,
-        format: LogFormat = "auto",  # noqa: A002
+        format: LogFormat = "auto",
         global_tokens: int = 8192,
         eval_global_tokens: int | None = None,
         max_length: int = 200,
@@ -61,9 +62,10 @@ class SequenceDataModule(pl.LightningDataModule):
         predict_from: Literal["all", "test"] = "all",
     ) -> None:
         super().__init__()
-        for name, value in (("max_length", max_length), ("global_tokens", global_tokens)):
-            if value < 1:
-                raise ValueError(f"{name}={value}: expected at least 1")
+        settings = (("max_length", max_length, 1), ("num_workers", num_workers, 0))
+        for name, value, least in settings:
+            if value < least:
+                raise ValueError(f"{name}={value}: expected at least {least}")
         self.path, self.format = path, format
         self.global_tokens = global_tokens
         self.eval_global_tokens = global_tokens if eval_global_tokens is None else eval_global_tokens
@@ -100,13 +102,13 @@ class SequenceDataModule(pl.LightningDataModule):
         """Items in the log."""
         return self.interactions.num_items
 
-    @property
+    @cached_property
     def item_ids(self) -> Sequence[Any]:
         """Raw item id of each row."""
         ids: Sequence[Any] = self.interactions.item_ids.tolist()
         return ids
 
-    @property
+    @cached_property
     def users(self) -> Sequence[Any]:
         """Raw user id of each sample id."""
         ids: Sequence[Any] = self.interactions.users.tolist()
@@ -124,8 +126,10 @@ class SequenceDataModule(pl.LightningDataModule):
             token_counts=source.token_counts,
             label_counts=source.label_counts,
             global_tokens=self.global_tokens if train else self.eval_global_tokens,
-            seed=torch.initial_seed() if self.seed is None else self.seed,
+            # Not torch's own seed, which a user may set differently on each rank.
+            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed,
             shuffle=train,
+            budget_name="global_tokens" if train else "eval_global_tokens",
         )
         trainer = self.trainer
         return PlannedLoader(
@@ -133,6 +137,7 @@ class SequenceDataModule(pl.LightningDataModule):
             plan,
             rank=0 if trainer is None else trainer.global_rank,
             world_size=1 if trainer is None else trainer.world_size,
+            accumulate=trainer.accumulate_grad_batches if train and trainer is not None else 1,
             num_workers=self.num_workers,
             name=name,
         )

@@ -22,6 +22,7 @@ class PlannedLoader:
         plan: how they are cut into global batches.
         rank: this process.
         world_size: how many processes share each global batch.
+        accumulate: batches that make one optimizer step, where Lightning divides the loss by them.
         num_workers: background processes that collate; 0 collates in the training process.
         name: the split, for messages.
 
@@ -36,17 +37,22 @@ class PlannedLoader:
         *,
         rank: int = 0,
         world_size: int = 1,
+        accumulate: int = 1,
         num_workers: int = 0,
         name: str = "train",
     ) -> None:
         num_samples = len(source.token_counts)
+        if num_samples == 0:
+            raise ValueError(
+                f"{name} split: no samples; evaluation takes users with at least 3 events, training histories of 2"
+            )
         if num_samples < world_size:
             raise ValueError(
                 f"{name} split: {num_samples} sample(s) for {world_size} processes; use more data, or lower "
-                f"--trainer.devices to at most {max(num_samples, 1)}"
+                f"--trainer.devices to at most {num_samples}"
             )
         self._source, self._plan, self._num_workers = source, plan, num_workers
-        self._rank, self._world_size, self._name = rank, world_size, name
+        self._rank, self._world_size, self._accumulate = rank, world_size, accumulate
         self._epoch = 0
         self._cursor = (0, 0)
         self._resume_from: tuple[int, int] | None = None
@@ -65,6 +71,11 @@ class PlannedLoader:
         """Itself: Lightning calls ``sampler.set_epoch`` before each epoch."""
         return self
 
+    @property
+    def batch_sampler(self) -> None:
+        """None; Lightning reads it of everything that has a `sampler`."""
+        return None
+
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch that the next iteration goes through."""
         self._epoch = epoch
@@ -76,9 +87,14 @@ class PlannedLoader:
         if self._resume_from is not None and self._resume_from[0] == epoch:
             first = self._resume_from[1]
         self._resume_from = None
-        collated = _PlannedBatches(self._source, plan, epoch, self._rank, self._world_size)
+        collated = _PlannedBatches(self._source, plan, epoch, self._rank, self._world_size, self._accumulate)
         batches = torch.utils.data.DataLoader(
-            collated, batch_size=None, sampler=range(first, len(plan)), num_workers=self._num_workers
+            collated,
+            batch_size=None,
+            sampler=range(first, len(plan)),
+            num_workers=self._num_workers,
+            # Its own, or every iteration would take a number out of the one that dropout draws from.
+            generator=torch.Generator(),
         )
         for index, batch in enumerate(batches, start=first):
             self._cursor = (epoch, index + 1)
@@ -105,8 +121,8 @@ class PlannedLoader:
         for name, present in self._identity().items():
             if state.get(name) != present:
                 raise ValueError(
-                    f"{name}: the checkpoint's data plan has {state.get(name)!r}, this run has {present!r}; resume with "
-                    "the same, or start from the weights alone"
+                    f"{name}: the checkpoint's data plan has {state.get(name)!r}, this run has {present!r}; resume "
+                    "with the same, or start from the weights alone"
                 )
         self._resume_from = self._cursor = (int(state["epoch"]), int(state["batches_done"]))
 
@@ -114,14 +130,16 @@ class PlannedLoader:
 class _PlannedBatches(torch.utils.data.Dataset[SequenceBatch]):
     """A rank's batches of one epoch by number, as what a DataLoader's workers can collate."""
 
-    def __init__(self, source: SequenceSource, plan: EpochPlan, epoch: int, rank: int, world_size: int) -> None:
+    def __init__(
+        self, source: SequenceSource, plan: EpochPlan, epoch: int, rank: int, world_size: int, accumulate: int
+    ) -> None:
         self._source, self._plan, self._epoch = source, plan, epoch
-        self._rank, self._world_size = rank, world_size
+        self._rank, self._world_size, self._accumulate = rank, world_size, accumulate
 
     def __getitem__(self, batch: int) -> SequenceBatch:
         return self._source.collate(
             self._plan.rank_samples(batch, rank=self._rank, world_size=self._world_size),
             epoch=self._epoch,
-            denominators=self._plan.denominators(batch),
-            gradient_divisor=float(self._world_size),
+            denominators=self._plan.denominators(batch, accumulate=self._accumulate),
+            gradient_divisor=float(self._world_size * self._accumulate),
         )

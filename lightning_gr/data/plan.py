@@ -38,11 +38,13 @@ class EpochPlan:
     def rank_samples(self, batch: int, *, rank: int, world_size: int) -> Array:
         """The samples of a global batch that a rank gets; every rank computes the same deal."""
         samples = self.samples(batch)
-        return samples[longest_processing_time(self.token_counts[samples], world_size)[rank]]
+        mine: Array = samples[longest_processing_time(self.token_counts[samples], world_size)[rank]]
+        return mine
 
-    def denominators(self, batch: int) -> dict[str, float]:
-        """By task, the labels of the whole global batch."""
-        samples = self.samples(batch)
+    def denominators(self, batch: int, *, accumulate: int = 1) -> dict[str, float]:
+        """By task, the labels of all global batches that make one optimizer step with this one."""
+        first = batch - batch % accumulate
+        samples = self.order[self.bounds[first] : self.bounds[min(first + accumulate, len(self))]]
         return {task: float(counts[samples].sum()) for task, counts in self.label_counts.items()}
 
 
@@ -59,6 +61,7 @@ class GlobalBatchPlan:
         global_tokens: budget of a global batch, on all ranks together.
         seed: seed of the shuffle.
         shuffle: whether each epoch has an order of its own.
+        budget_name: how messages call the budget.
 
     Raises:
         ValueError: the budget is below twice the longest sample.
@@ -72,11 +75,12 @@ class GlobalBatchPlan:
         global_tokens: int,
         seed: int = 0,
         shuffle: bool = True,
+        budget_name: str = "global_tokens",
     ) -> None:
         longest = int(token_counts.max(initial=0))
         if global_tokens < 2 * max(longest, 1):
             raise ValueError(
-                f"global_tokens={global_tokens}: the longest sample has {longest} tokens, and a batch must have room "
+                f"{budget_name}={global_tokens}: the longest sample has {longest} tokens, and a batch must have room "
                 f"for two of it; raise the budget to at least {2 * max(longest, 1)}, or lower max_length"
             )
         self.token_counts, self.label_counts = token_counts, label_counts

@@ -15,7 +15,7 @@ _MOVIELENS_NAMES = {"userId": "user_id", "movieId": "item_id"}
 _KNOWN = "CSV with user_id,item_id[,timestamp], Parquet with the same columns, S3-Rec sequences, MovieLens ratings"
 
 
-def read_events(path: str | Path, format: LogFormat = "auto") -> pl.DataFrame:  # noqa: A002
+def read_events(path: str | Path, format: LogFormat = "auto") -> pl.DataFrame:
     """Reads an event log, sorted by user and time; equal times keep the order of the file.
 
     Args:
@@ -36,7 +36,9 @@ def read_events(path: str | Path, format: LogFormat = "auto") -> pl.DataFrame:  
     if format not in get_args(LogFormat):
         raise ValueError(f"format={format!r}: expected one of {', '.join(get_args(LogFormat))}")
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such event log; `lightning-gr demo` writes one to try")
+        raise FileNotFoundError(
+            f"{path}: no such event log; set data.path to one, or make one with `lightning-gr demo`"
+        )
     if path.is_dir():
         raise ValueError(f"{path}: a directory; give the log file itself")
     if path.stat().st_size == 0:
@@ -67,7 +69,7 @@ def _detect(path: Path) -> str:
         if file.read(4) == b"PAR1":
             return "parquet"
     line = _first_line(path)
-    columns = line.split(",")
+    columns = [name.strip().strip('"') for name in line.split(",")]
     if "::" in line or set(_MOVIELENS_NAMES) <= set(columns):
         return "movielens"
     if {"user_id", "item_id"} & set(columns):
@@ -116,13 +118,11 @@ def _read_lines(path: Path) -> pl.DataFrame:
 def _read_s3rec(path: Path) -> pl.DataFrame:
     import polars as pl
 
-    fields = _read_lines(path).with_columns(pl.col("line").str.split(" "))
+    fields = _read_lines(path).with_columns(pl.col("line").str.extract_all(r"\S+"))
     alone = fields.filter(pl.col("line").list.len() < 2)
     if not alone.is_empty():
         raise ValueError(f"{path}: line {alone['number'][0]} has a user and no item; expected `user item item ...`")
-    return fields.select(
-        user_id=pl.col("line").list.first(), item_id=pl.col("line").list.slice(1)
-    ).explode("item_id")
+    return fields.select(user_id=pl.col("line").list.first(), item_id=pl.col("line").list.slice(1)).explode("item_id")
 
 
 def _read_movielens(path: Path) -> pl.DataFrame:
@@ -149,13 +149,16 @@ def _checked(path: Path, events: pl.DataFrame) -> pl.DataFrame:
     for name in ("user_id", "item_id"):
         if name not in events.columns:
             raise ValueError(
-                f"{path}: has no column {name}; it has {', '.join(events.columns)}; rename one to {name}"
+                f"{path}: has no column {name}; it has {', '.join(events.columns)[:100]}; rename one to {name}"
             )
     columns = [_ids(path, events, "user_id"), _ids(path, events, "item_id")]
     if "timestamp" not in events.columns:
         times = pl.Series("timestamp", [None] * len(events), dtype=pl.Int64)
     else:
-        times = events["timestamp"].cast(pl.Int64, strict=False)
+        times = events["timestamp"]
+        if times.dtype == pl.Date or isinstance(times.dtype, pl.Datetime):
+            times = times.dt.epoch("s")
+        times = times.cast(pl.Int64, strict=False)
         if times.null_count():
             row = int(times.is_null().arg_true()[0])
             raise ValueError(
@@ -176,4 +179,5 @@ def _ids(path: Path, events: pl.DataFrame, name: str) -> pl.Series:
     if ids.null_count():
         raise ValueError(f"{path}: row {int(ids.is_null().arg_true()[0]) + 1}, column {name}: the id is missing")
     numbers = ids.cast(pl.Int64, strict=False)
-    return ids if numbers.null_count() else numbers
+    # "007" and "7" are two ids, so they stay strings.
+    return numbers if not numbers.null_count() and (numbers.cast(ids.dtype) == ids).all() else ids

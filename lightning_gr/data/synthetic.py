@@ -61,7 +61,7 @@ class MarkovItems:
         rng = np.random.default_rng([seed, 1])
         popularity = rng.permutation(1.0 / np.arange(1, num_items + 1) ** zipf)
         self.popularity = popularity / popularity.sum()
-        self.num_items, self.first, self.second = num_items, first, second
+        self.num_items, self.first, self.second, self.zipf = num_items, first, second, zipf
         shape = (num_items, len(_SUCCESSOR_SHARES))
         self.successors = tuple(rng.integers(0, num_items, shape) for _ in range(2))
 
@@ -130,7 +130,7 @@ def write_synthetic_log(
         raise ValueError(f"num_items={num_items}: expected at least {TOP_K}")
     if num_users < 1:
         raise ValueError(f"num_users={num_users}: expected at least 1")
-    if not (0 <= first and 0 <= second and first + second <= 1):
+    if min(first, second) < 0 or first + second > 1:
         raise ValueError(f"first={first}, second={second}: expected probabilities that add up to at most 1")
     if not 5 <= mean_length <= max_length:
         raise ValueError(f"mean_length={mean_length}: expected 5 ... max_length={max_length}")
@@ -154,8 +154,14 @@ def write_synthetic_log(
         for split, back in (("test", 2), ("val", 3))
     }
     _write_csv(Path(path), lengths, raw_ids[items], times)
-    settings = {"num_users": num_users, "num_items": num_items, "mean_length": mean_length, "max_length": max_length}
-    settings |= {"first": first, "second": second, "seed": seed}
+    settings: dict[str, Any] = {
+        "num_users": num_users,
+        "num_items": num_items,
+        "mean_length": mean_length,
+        "max_length": max_length,
+    }
+    settings |= {"first": first, "second": second, "seed": seed, "zipf": chain.zipf}
+    settings["successor_shares"] = _SUCCESSOR_SHARES.tolist()
     _write_whole(Path(path).with_suffix(".oracle.json"), json.dumps({"settings": settings, **oracle}, indent=2) + "\n")
     best = oracle["test"]
     return SyntheticLog(num_users, num_items, int(lengths.sum()), best[f"HR@{TOP_K}"], best[f"NDCG@{TOP_K}"])
@@ -173,7 +179,7 @@ def _write_csv(path: Path, lengths: Array, items: Array, times: Array) -> None:
 
 def _write_whole(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text)
         os.replace(temporary, path)

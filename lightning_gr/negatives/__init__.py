@@ -1,4 +1,4 @@
-"""Samplers of negatives that do not depend on the number of ranks."""
+"""Negative samples: the items that a label is contrasted with in training."""
 
 from lightning_gr.negatives.uniform import UniformNegatives
 

@@ -1,4 +1,4 @@
-"""Uniform negatives as a pure function of (seed, epoch, sample id, position).
+"""Uniform negatives as a pure function of what they are drawn for, so that no run depends on its number of processes.
 
 Shape suffixes: N labelled tokens, R negatives a label.
 """
@@ -12,10 +12,12 @@ from lightning_gr.counter_random import counter_integers, name_key
 
 
 class UniformNegatives:
-    """Draws negatives uniformly from the corpus, with replacement; collisions are left to the loss.
+    """Draws items uniformly and with replacement; the target itself is drawn as often as any other item.
+
+    A negative is a function of (seed, epoch, sample id, position, its number), whoever draws it and beside whatever.
 
     Args:
-        num_negatives: negatives a label, R.
+        num_negatives: negatives a label, at least 1.
 
     Raises:
         ValueError: `num_negatives` is below 1.
@@ -26,27 +28,33 @@ class UniformNegatives:
             raise ValueError(f"num_negatives={num_negatives}: expected at least 1")
         self.num_negatives = num_negatives
 
-    def sample(
-        self, *, num_items: int, seed: int, epoch: int, sample_ids_N: Tensor, positions_N: Tensor
-    ) -> Tensor:
-        """Item rows (N, R), int64, the same on any number of ranks and in any order.
+    def sample(self, *, num_items: int, seed: int, epoch: int, sample_ids_N: Tensor, positions_N: Tensor) -> Tensor:
+        """Negatives of each labelled token.
 
         Args:
-            num_items: size of the corpus.
-            seed: seed of the run.
-            epoch: draws differ from epoch to epoch.
-            sample_ids_N: int64 sample of each label.
-            positions_N: int64 position of the labelled token in its sequence.
+            num_items: items of the corpus; negatives are in 0 ... `num_items` - 1.
+            seed: the run's seed.
+            epoch: the epoch, so that every epoch draws others.
+            sample_ids_N: int64 stable id of the sample that each label belongs to.
+            positions_N: int64 position of the label in its sequence; with the sample id it names the label.
+
+        Returns:
+            int64 item rows of shape (N, R), on the device of `sample_ids_N`.
 
         Raises:
-            ValueError: more negatives are asked for than there are items.
+            ValueError: more negatives than items, or the two tensors have different shapes.
         """
         if self.num_negatives > num_items:
             raise ValueError(
-                f"num_negatives={self.num_negatives}: the corpus has only {num_items} items; lower it, or use the full "
-                "softmax"
+                f"num_negatives={self.num_negatives}: the corpus has only num_items={num_items}; lower it to at most "
+                "that, or use the full softmax"
             )
-        draws_R = torch.arange(self.num_negatives, device=sample_ids_N.device)
+        if sample_ids_N.dim() != 1 or sample_ids_N.shape != positions_N.shape:
+            raise ValueError(
+                f"UniformNegatives.sample: expected sample_ids_N and positions_N of one shape (N,), got "
+                f"{tuple(sample_ids_N.shape)} and {tuple(positions_N.shape)}"
+            )
+        numbers_R = torch.arange(self.num_negatives, device=sample_ids_N.device)
         return counter_integers(
-            num_items, seed, name_key("negatives"), epoch, sample_ids_N[:, None], positions_N[:, None], draws_R
+            num_items, seed, name_key("negatives"), epoch, sample_ids_N[:, None], positions_N[:, None], numbers_R
         )

@@ -62,7 +62,9 @@ def sharded_values(world_size: int, sharding: str) -> np.ndarray:
     from lightning_gr.plugins import SequenceBalancedStrategy
 
     class Holder(pl.LightningModule):
-        tables: Any = None
+        def __init__(self) -> None:
+            super().__init__()
+            self.tables: Any = None
 
         def configure_model(self) -> None:
             if self.tables is None:

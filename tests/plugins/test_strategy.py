@@ -406,12 +406,13 @@ def run_refused_precision(world_size: int) -> str:
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     try:
-        trainer(world_size, precision="16-mixed").fit(OwnTables(), OwnBatches(0, 1))
+        trainer(world_size, precision="bf16-true").fit(OwnTables(), OwnBatches(0, 1))
     except (MisconfigurationException, ValueError) as error:
         return str(error)
     return ""
 
 
-def test_sixteen_bit_scaling_is_refused_by_name(gloo: Any) -> None:
+def test_a_precision_that_tables_cannot_honour_is_refused_by_name(gloo: Any) -> None:
     (message,) = gloo(1).run(run_refused_precision, 1)
-    assert "16-mixed" in message
+    assert "bf16-true" in message
+    assert "bf16-mixed" in message

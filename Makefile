@@ -1,0 +1,57 @@
+# make demo | make test | make lint | make env | make clean
+# Each makes the environment in .venv if it is missing. PIP_FLAGS is passed to every pip install.
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+VENV := .venv
+RUN := $(VENV)/bin/python
+STAMP := $(VENV)/.complete
+PIP := $(RUN) -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
+PINS := constraints/cpu.txt
+
+.PHONY: demo test lint env clean
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help:
+	@echo "make demo [DATA=events.csv]  train on two processes and show recommendations"
+	@echo "make test                    all tests that need no GPU"
+	@echo "make lint                    ruff and mypy"
+	@echo "make env                     the environment in $(VENV), made by the others if it is missing"
+	@echo "make clean                   remove caches and build products, keep $(VENV) and outputs"
+
+demo: $(STAMP)
+	@$(RUN) -m lightning_gr demo $(if $(DATA),--data "$(DATA)")
+
+test: $(STAMP)
+	@$(RUN) -m pytest -q -m "not gpu"
+
+lint: $(STAMP)
+	@$(RUN) -m ruff check .
+	@$(RUN) -m ruff format --check .
+	@$(RUN) -m mypy
+
+env: $(STAMP)
+
+# The stamp is written last, so that an interrupted run is taken up again; a sound environment is brought up to date.
+$(STAMP): pyproject.toml $(PINS)
+	@rm -f $@
+	@$(RUN) -m pip --version >/dev/null 2>&1 || { \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || { \
+	    echo "make env: error: PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1 || true); Python 3.10 or later is needed: make env PYTHON=python3.11" >&2; exit 1; }; \
+	  echo "make env: a virtual environment in $(VENV) ($$($(PYTHON) --version 2>&1))"; \
+	  $(PYTHON) -m venv --clear $(VENV) || { \
+	    echo "make env: error: $(PYTHON) -m venv failed; install its venv module (Debian: apt install python3-venv)" >&2; exit 1; }; }
+	@echo "make env: 1/3 torch (the largest download)"
+	@$(PIP) --upgrade pip
+	@$(PIP) -c $(PINS) torch
+	@echo "make env: 2/3 lightning-gr, its dependencies and the tools of its tests"
+	@$(PIP) -c $(PINS) -e ".[dev]"
+	@echo "make env: 3/3 torchrec and fbgemm-gpu-cpu"
+	@$(PIP) --no-deps -c $(PINS) torchrec fbgemm-gpu-cpu
+	@touch $@
+	@echo "make env: done"
+
+clean:
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	@find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

@@ -1,0 +1,538 @@
+"""GRProgressBar: one line for a whole training run, with tokens per second; plain lines where there is no terminal."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from time import monotonic
+from typing import TYPE_CHECKING, Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from typing_extensions import override
+
+if TYPE_CHECKING:
+    from rich.console import Console, ConsoleOptions, RenderableType
+    from rich.live import Live
+
+_LOSS_NAMES = ("train/loss", "train_loss", "loss")
+_RATE_WINDOW_S = 10.0
+_MIN_BAR, _MAX_BAR = 8, 40
+
+
+class GRProgressBar(ProgressBar):
+    """Shows how far the whole training is, not only the epoch, on one line.
+
+    The line has the epoch, the step, the time left of the run (validation so far included), the loss, tokens a second
+    over all ranks (samples or batches a second where batches do not know their tokens) and the last validation
+    metrics. Without a terminal, as in CI or a pipe, it prints a plain line now and then and after each validation.
+    Metrics are read from the device only when a line is shown: everything logged with ``prog_bar=True``, and
+    ``train/loss``, ``train_loss``, ``loss`` or the step's own loss.
+
+    Args:
+        refresh_every_s: seconds between updates on a terminal.
+        plain_every_s: seconds between lines where there is no terminal.
+
+    Raises:
+        MisconfigurationException: a time is negative.
+    """
+
+    def __init__(self, *, refresh_every_s: float = 0.5, plain_every_s: float = 10.0) -> None:
+        super().__init__()
+        for name, seconds in (("refresh_every_s", refresh_every_s), ("plain_every_s", plain_every_s)):
+            if seconds < 0:
+                raise MisconfigurationException(f"{name}={seconds}: expected seconds >= 0")
+        self.refresh_every_s = refresh_every_s
+        self.plain_every_s = plain_every_s
+        self._enabled = True
+        self._display: _Display | None = None
+        self._shown_at = -math.inf
+        self._run = _Run()
+        self._evaluation = _Evaluation()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A live display cannot follow into a spawned process.
+        return self.__dict__ | {"_display": None}
+
+    # ---- Lightning's interface ---------------------------------------------------------------------------------
+
+    @property
+    def is_enabled(self) -> bool:
+        """Whether anything is shown; Lightning asks before it prints through the bar."""
+        return self._enabled
+
+    @property
+    def is_disabled(self) -> bool:
+        """The opposite of `is_enabled`."""
+        return not self._enabled
+
+    @override
+    def enable(self) -> None:
+        self._enabled = True
+
+    @override
+    def disable(self) -> None:
+        self._enabled = False
+        self._close()
+
+    @override
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        # A live display takes what is written to sys.stdout and puts it above itself.
+        print(*args, **kwargs)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._close()
+
+    @override
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._close()
+
+    # ---- training ----------------------------------------------------------------------------------------------
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.is_enabled:
+            self._run = _Run(started_at=monotonic())
+            self._open()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.is_disabled:
+            return
+        run, now = self._run, monotonic()
+        run.rate.add(batch, trainer.world_size)
+        run.batches += 1
+        if run.batches == 1:
+            # The first batch compiles and allocates, so speed is measured from its end.
+            run.first_batch_at = now
+            run.rate.mark(now)
+        run.done = trainer.fit_loop.total_batch_idx + 1
+        left = _batches_left_of(trainer, run.done)
+        run.total = None if left is None else run.done + left
+        run.label = _train_label(trainer)
+        due = self._is_due(now)
+        if due or left == 0 or trainer.is_last_batch:
+            run.metrics = self._train_metrics(trainer, pl_module, outputs)
+        if due:
+            run.rate.mark(now)
+            self._show(self._train_line(now), now)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.is_enabled and self._run.batches:
+            now = monotonic()
+            self._run.rate.mark(now)
+            self._show(self._train_line(now, ended=True), now)
+        self._close()
+
+    def _train_line(self, now: float, *, ended: bool = False) -> _Line:
+        run = self._run
+        if ended:
+            time = f"in {_duration(now - run.started_at)}"
+        elif run.total is not None and run.batches > 1:
+            seconds = (now - run.first_batch_at) / (run.batches - 1)
+            time = f"{_duration(seconds * (run.total - run.done))} left"
+        else:
+            time = ""
+        facts = [_percent(run.done, run.total), time, *_named(run.metrics), run.rate.text()]
+        return _Line(run.label, run.done, run.total, facts, _named(run.validation))
+
+    def _train_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any) -> dict[str, Any]:
+        metrics: dict[str, Any] = dict(self.get_metrics(trainer, pl_module))
+        metrics.pop("v_num", None)
+        metrics = {name: value for name, value in metrics.items() if name not in self._run.validation}
+        if not any("loss" in name for name in metrics):
+            logged = trainer.callback_metrics
+            name = next((name for name in _LOSS_NAMES if name in logged), None)
+            loss = logged[name] if name else outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+            if isinstance(loss, Tensor) and loss.numel() == 1:
+                metrics = {name or "loss": loss.item()} | metrics
+        return metrics
+
+    # ---- validation, test and predict --------------------------------------------------------------------------
+
+    @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking:
+            self._start(self.sanity_check_description, trainer.num_sanity_val_batches)
+        else:
+            self._start(self.validation_description, trainer.num_val_batches)
+            # While sanity checking, metrics are not computed on all ranks, and asking one rank for them would hang.
+            self._evaluation.metrics_before = dict(trainer.callback_metrics)
+
+    @override
+    def on_validation_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._advance(trainer, batch)
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.is_disabled or trainer.sanity_checking:
+            return
+        before, self._evaluation.metrics_before = self._evaluation.metrics_before, {}
+        new = {name: value for name, value in trainer.callback_metrics.items() if before.get(name) is not value}
+        self._run.validation = {name: value.item() for name, value in new.items() if value.numel() == 1}
+        self._finish(trainer, self._run.validation)
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start(self.test_description, trainer.num_test_batches)
+
+    @override
+    def on_test_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._advance(trainer, batch)
+
+    @override
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._finish(trainer)
+
+    @override
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._start(self.predict_description, trainer.num_predict_batches)
+
+    @override
+    def on_predict_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._advance(trainer, batch)
+
+    @override
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._finish(trainer)
+
+    def _start(self, name: str, batches: Sequence[int | float] | int | float) -> None:
+        if self.is_disabled:
+            return
+        now = monotonic()
+        total = sum(batches) if isinstance(batches, Sequence) else batches
+        self._evaluation = _Evaluation(name, now, int(total) if math.isfinite(total) else None)
+        self._evaluation.rate.mark(now)
+        if self._display is None:
+            self._open()
+            if not self._display_is_live:
+                self._shown_at = now  # a phase shorter than an interval needs no line but its last
+
+    def _advance(self, trainer: pl.Trainer, batch: Any) -> None:
+        if self.is_disabled:
+            return
+        self._evaluation.done += 1
+        self._evaluation.rate.add(batch, trainer.world_size)
+        now = monotonic()
+        if self._is_due(now):
+            self._evaluation.rate.mark(now)
+            self._show(self._evaluation_line(trainer), now)
+
+    def _evaluation_line(self, trainer: pl.Trainer) -> _Line:
+        phase, run = self._evaluation, self._run
+        count = f"{phase.done}" if phase.total is None else f"{phase.done}/{phase.total}"
+        if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
+            return _Line(f"{phase.name} {count}", phase.done, phase.total, [phase.rate.text()], [])
+        facts = [_percent(run.done, run.total), f"{phase.name} {count}"]
+        return _Line(run.label, run.done, run.total, facts, _named(run.validation))
+
+    def _finish(self, trainer: pl.Trainer, metrics: Mapping[str, float] | None = None) -> None:
+        if self.is_disabled:
+            return
+        now = monotonic()
+        phase, metrics_shown = self._evaluation, _named(metrics or {})
+        took = f"in {_duration(now - phase.started_at)}"
+        if trainer.state.fn != TrainerFn.FITTING:
+            phase.rate.mark(now)
+            facts = [took, phase.rate.text()]
+            self._show(_Line(f"{phase.name} {phase.done}", phase.done, phase.total, facts, metrics_shown), now)
+            self._close()
+            return
+        self._run.rate.skip(now - phase.started_at)
+        if self._display_is_live:
+            self._show(self._train_line(now), now)
+        else:
+            facts = [_percent(self._run.done, self._run.total), f"{phase.name} {took}"]
+            self._show(_Line(self._run.label, self._run.done, self._run.total, facts, metrics_shown), now)
+
+    # ---- display -----------------------------------------------------------------------------------------------
+
+    @property
+    def _display_is_live(self) -> bool:
+        return self._display is not None and self._display.live is not None
+
+    def _open(self) -> None:
+        if self._display is None:
+            self._display = _Display()
+            self._shown_at = -math.inf
+
+    def _close(self) -> None:
+        display, self._display = self._display, None
+        if display is not None:
+            display.close()
+
+    def _is_due(self, now: float) -> bool:
+        return now - self._shown_at >= (self.refresh_every_s if self._display_is_live else self.plain_every_s)
+
+    def _show(self, line: _Line, now: float) -> None:
+        self._shown_at = now
+        self._open()
+        assert self._display is not None
+        self._display.show(line)
+
+
+class _Rate:
+    """Tokens, samples or batches a second over the last seconds, the time spent in other phases left out."""
+
+    def __init__(self) -> None:
+        self._unit = ""
+        self._total = 0
+        self._marks: deque[tuple[float, int]] = deque()
+
+    def add(self, batch: Any, world_size: int) -> None:
+        count, self._unit = _size(batch, self._unit)
+        self._total += count * world_size
+
+    def mark(self, now: float) -> None:
+        self._marks.append((now, self._total))
+        while len(self._marks) > 2 and self._marks[1][0] <= now - _RATE_WINDOW_S:
+            self._marks.popleft()
+
+    def skip(self, seconds: float) -> None:
+        self._marks = deque((time + seconds, total) for time, total in self._marks)
+
+    def text(self) -> str:
+        if not self._marks or self._marks[-1][0] <= self._marks[0][0] or self._marks[-1][1] == self._marks[0][1]:
+            return ""
+        (first, before), (last, after) = self._marks[0], self._marks[-1]
+        return f"{_short((after - before) / (last - first))} {self._unit}/s"
+
+
+@dataclass
+class _Run:
+    """What is known of the training in progress."""
+
+    started_at: float = 0.0
+    first_batch_at: float = 0.0
+    batches: int = 0  # in this process; `done` counts those before a resume too
+    done: int = 0
+    total: int | None = None
+    label: str = ""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    validation: dict[str, float] = field(default_factory=dict)
+    rate: _Rate = field(default_factory=_Rate)
+
+
+@dataclass
+class _Evaluation:
+    """What is known of the validation, test or prediction in progress."""
+
+    name: str = ""
+    started_at: float = 0.0
+    total: int | None = None
+    done: int = 0
+    metrics_before: dict[str, Tensor] = field(default_factory=dict)
+    rate: _Rate = field(default_factory=_Rate)
+
+
+@dataclass
+class _Line:
+    """The line's parts, and how they look with and without a terminal."""
+
+    label: str
+    done: int
+    total: int | None
+    facts: list[str]
+    metrics: list[str]
+
+    def plain(self) -> str:
+        return "  ".join(part for part in (self.label, *self.facts, *self.metrics) if part)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        from rich.progress_bar import ProgressBar as Bar
+        from rich.table import Table
+        from rich.text import Text
+
+        def text(string: str, style: str) -> Text:
+            return Text(string, style=style, no_wrap=True, overflow="ellipsis")
+
+        facts, metrics = ("  ".join(filter(None, parts)) for parts in (self.facts, self.metrics))
+        room = options.max_width - len(self.label) - len(facts) - 4
+        below = bool(metrics) and room - len(metrics) - 2 < _MIN_BAR
+        room -= len(metrics) + 2 if metrics and not below else 0
+        cells: list[RenderableType] = [text(self.label, "bold")]
+        if room >= _MIN_BAR:
+            cells.append(Bar(total=self.total, completed=self.done, width=min(room, _MAX_BAR)))
+        cells.append(text(facts, ""))
+        if metrics and not below:
+            cells.append(text(metrics, "green"))
+        grid = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
+        grid.add_row(*cells)
+        yield grid
+        if below:
+            yield text("  " + metrics, "green")
+
+
+class _Display:
+    """A live line on a terminal, or lines printed one after the other."""
+
+    def __init__(self) -> None:
+        from rich import get_console
+        from rich.live import Live
+
+        self._console = get_console()
+        self.live: Live | None = None
+        self._redirected: list[tuple[logging.StreamHandler[Any], Any]] = []
+        # FORCE_COLOR makes rich take a pipe for a terminal; a log file must not get control codes for it.
+        if self._console.is_interactive and self._console.file.isatty():
+            own = {stream: name for name in ("stdout", "stderr") if (stream := getattr(sys, name)) is not None}
+            # No thread: the line is drawn when there is something new, and nothing is left running after an error.
+            self.live = Live(console=self._console, auto_refresh=False)
+            self.live.start()
+            # Handlers hold the streams of their first day, and would write into the line.
+            for handler in _stream_handlers():
+                if handler.stream in own:
+                    self._redirected.append((handler, handler.stream))
+                    handler.setStream(getattr(sys, own[handler.stream]))
+
+    def show(self, line: _Line) -> None:
+        if self.live is not None:
+            self.live.update(line, refresh=True)
+        else:
+            print(line.plain(), file=self._console.file, flush=True)
+
+    def close(self) -> None:
+        for handler, stream in self._redirected:
+            handler.setStream(stream)
+        if self.live is not None:
+            self.live.stop()
+
+
+def _stream_handlers() -> Iterator[logging.StreamHandler[Any]]:
+    for name in ("", "lightning", "lightning.pytorch", "lightning.fabric"):
+        for handler in logging.getLogger(name).handlers:
+            if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+                yield handler
+
+
+def _train_label(trainer: pl.Trainer) -> str:
+    of_epochs = f"/{trainer.max_epochs}" if trainer.max_epochs is not None and trainer.max_epochs >= 0 else ""
+    of_steps = f"/{trainer.max_steps}" if trainer.max_steps >= 0 else ""
+    return f"epoch {trainer.current_epoch + 1}{of_epochs}  step {trainer.global_step}{of_steps}"
+
+
+def _batches_left_of(trainer: pl.Trainer, done: int) -> int | None:
+    automatic = trainer.lightning_module.automatic_optimization
+    max_steps = trainer.max_steps
+    if not automatic and max_steps >= 0:
+        # A module that steps itself takes any number of steps a batch: count in batches, at the ratio so far.
+        max_steps = math.ceil(max_steps * done / trainer.global_step) if trainer.global_step else -1
+    return _batches_left(
+        batches_per_epoch=trainer.num_training_batches,
+        batch=trainer.fit_loop.batch_idx + 1,
+        epoch=trainer.current_epoch,
+        max_epochs=-1 if trainer.max_epochs is None else trainer.max_epochs,
+        step=trainer.global_step if automatic else done,
+        max_steps=max_steps,
+        accumulate=trainer.accumulate_grad_batches if automatic else 1,
+    )
+
+
+def _batches_left(
+    *,
+    batches_per_epoch: int | float,
+    batch: int,
+    epoch: int,
+    max_epochs: int,
+    step: int,
+    max_steps: int,
+    accumulate: int,
+) -> int | None:
+    """Batches until a run ends; None where nobody can know.
+
+    Args:
+        batches_per_epoch: infinite where the loader has no length.
+        batch: batches done in this epoch.
+        epoch: finished epochs.
+        max_epochs: epochs of the run, or -1.
+        step: optimiser steps done.
+        max_steps: optimiser steps of the run, or -1.
+        accumulate: batches a step; an epoch's last step may have fewer.
+    """
+    left: list[int] = []
+    known = math.isfinite(batches_per_epoch)
+    in_epoch = max(int(batches_per_epoch) - batch, 0) if known else 0
+    if known and max_epochs >= 0:
+        left.append(in_epoch + max(max_epochs - epoch - 1, 0) * int(batches_per_epoch))
+    if max_steps >= 0:
+        steps = max(max_steps - step, 0)
+        if not known:
+            left.append(max(steps * accumulate - batch % accumulate, 0))
+        elif batches_per_epoch > 0:
+            steps_per_epoch = math.ceil(batches_per_epoch / accumulate)
+            steps_in_epoch = steps_per_epoch - batch // accumulate if in_epoch else 0
+            if steps <= steps_in_epoch:
+                left.append(max(min(steps * accumulate - batch % accumulate, in_epoch), 0))
+            else:
+                epochs, rest = divmod(steps - steps_in_epoch, steps_per_epoch)
+                rest = min(rest * accumulate, int(batches_per_epoch))
+                left.append(in_epoch + epochs * int(batches_per_epoch) + rest)
+    return min(left, default=None)
+
+
+def _size(batch: Any, unit: str) -> tuple[int, str]:
+    """How much a batch holds, in `unit` ("" takes the finest it knows); never reads from a device."""
+    for name in ("tokens", "samples"):
+        if unit in ("", name) and isinstance(count := getattr(batch, f"num_{name}", None), int):
+            return count, name
+    while isinstance(batch, (Mapping, Sequence)) and not isinstance(batch, str) and len(batch):
+        batch = next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0]
+    if unit in ("", "samples") and isinstance(batch, Tensor) and batch.dim():
+        return batch.shape[0], "samples"
+    return (1, "batches") if unit in ("", "batches") else (0, unit)
+
+
+def _named(metrics: Mapping[str, Any]) -> list[str]:
+    shown = {name: value for name, value in metrics.items() if not name.endswith("_epoch") or name[:-6] not in metrics}
+    return [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()]
+
+
+def _percent(done: int, total: int | None) -> str:
+    return f"{100 * done // total}%" if total else ""
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
+
+
+def _short(number: float) -> str:
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{letter}"
+    return f"{number:.3g}"

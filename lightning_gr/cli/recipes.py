@@ -1,0 +1,59 @@
+"""``lightning-gr recipes ls|show|cp``: the shipped configurations."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from lightning_gr import recipes
+from lightning_gr.cli.errors import Parser, UserError
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the subcommand and returns its exit code."""
+    parser = Parser(prog="lightning-gr recipes", description="Lists, shows or copies the shipped recipes.")
+    commands = parser.add_subparsers(dest="command", metavar="ls|show|cp", required=True)
+    commands.add_parser("ls", help="list the recipes")
+    show = commands.add_parser("show", help="print a recipe")
+    show.add_argument("name", metavar="NAME")
+    copy = commands.add_parser("cp", help="copy a recipe to a file of your own")
+    copy.add_argument("name", metavar="NAME")
+    copy.add_argument("dest", metavar="DEST", type=Path, help="a file, or a folder that exists")
+    copy.add_argument("--force", action="store_true", help="overwrite DEST")
+    args = parser.parse_args(argv)
+    if args.command == "ls":
+        known = recipes.ls()
+        width = max((len(name) for name in known), default=0)
+        for name, description in known.items():
+            print(f"{name:<{width}}  {description}".rstrip())
+    elif args.command == "show":
+        print(recipes.path(args.name).read_text(encoding="utf-8"), end="")
+    else:
+        print(f"wrote {_copy(args.name, args.dest, force=args.force)}")
+    return 0
+
+
+def _copy(name: str, dest: Path, *, force: bool) -> Path:
+    """Copies under a temporary name first, so that DEST is whole or untouched."""
+    source = recipes.path(name)
+    if dest.is_dir():
+        dest = dest / source.name
+    if not dest.parent.is_dir():
+        raise UserError(f"recipes cp: {dest.parent}: no such folder; make it first")
+    if dest.exists() and not force:
+        raise UserError(f"recipes cp: {dest}: exists; choose another name or add --force")
+    handle, temporary = tempfile.mkstemp(dir=dest.parent, prefix=f".{dest.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(source.read_text(encoding="utf-8"))
+        # mkstemp makes files private; a recipe has the permissions of any other new file.
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(temporary, 0o666 & ~mask)
+        os.replace(temporary, dest)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return dest

@@ -1,0 +1,163 @@
+"""``fit``, ``validate``, ``test``, ``predict``: a thin LightningCLI that takes recipes by name."""
+
+from __future__ import annotations
+
+import argparse
+import re
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from jsonargparse import ActionConfigFile
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.trainer.states import TrainerStatus
+from typing_extensions import override
+
+# Imported so that the help lists their classes and short class names work; none of them imports torchrec.
+import lightning_gr.callbacks
+import lightning_gr.data
+import lightning_gr.models
+import lightning_gr.plugins  # noqa: F401
+from lightning_gr import __version__, recipes
+from lightning_gr._compat import child_processes
+from lightning_gr.cli.errors import USER_ERROR, UserError, one_line
+from lightning_gr.cli.parse_errors import boil
+from lightning_gr.substrate import fbgemm, version_of
+
+_SECONDS_FOR_A_CHILD_TO_EXIT = 1.0
+
+
+def main(argv: Sequence[str]) -> int:
+    """Parses, instantiates and runs; returns the exit code."""
+    GRCLI(args=list(argv))
+    return 0
+
+
+class RecipeAction(ActionConfigFile):
+    """``--config``: a file, a recipe's name, or YAML itself; a file wins over a recipe of the same name."""
+
+    @override
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        source = resolve_config(values)
+        try:
+            super().__call__(parser, cfg, source, option_string)
+        except (TypeError, ValueError, argparse.ArgumentError) as error:
+            message = str(error)
+            if "Problems parsing config" in message or source == values and "\n" in message:
+                where = " ".join(re.sub(r'.*Problems parsing config:|in "<unicode string>",', "", message).split())
+                raise UserError(f"--config {values}: not valid YAML: {where}; mend the file") from error
+            raise
+
+
+def resolve_config(value: str) -> str:
+    """The file behind a value of ``--config``.
+
+    Raises:
+        UserError: neither a file nor a recipe.
+    """
+    file = Path(value).expanduser()
+    if file.is_file():
+        return str(file)
+    if file.is_dir():
+        raise UserError(f"--config {value}: is a folder; give a YAML file in it")
+    if re.search(r"[\n{}]|: |://", value):
+        return value
+    if value.removesuffix(".yaml") in recipes.ls():
+        return str(recipes.path(value))
+    near = recipes.near_names(value.removesuffix(".yaml"), recipes.ls())
+    meant = f"did you mean the recipe {' or '.join(near)}?" if near else ""
+    if value.endswith((".yaml", ".yml", ".json")) or value.startswith((".", "/", "~")):
+        raise UserError(f"--config {value}: no such file; {meant or 'check the path, or see lightning-gr recipes ls'}")
+    raise UserError(f"--config {value}: unknown recipe; {meant or 'there are: ' + ', '.join(recipes.ls())}")
+
+
+class GRCLI(LightningCLI):
+    """LightningCLI with recipes by name, any module and datamodule by class path, and one-line errors.
+
+    Args:
+        args: the command line; None means this process's own.
+        run: whether to run the subcommand; False only parses and instantiates.
+    """
+
+    def __init__(self, *, args: ArgsType = None, run: bool = True) -> None:
+        super().__init__(
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"default_env": True, "env_prefix": "LIGHTNING_GR", "exit_on_error": False},
+            # It would build the optimiser before configure_model has made the parameters.
+            auto_configure_optimizers=False,
+            args=args,
+            run=run,
+        )
+
+    @override
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        kwargs.setdefault("dump_header", _versions())
+        kwargs.setdefault("exit_on_error", False)
+        parser = self.parser_class(**kwargs)
+        parser.add_argument(
+            "-c", "--config", action=RecipeAction, help="A recipe's name or a YAML file; may be repeated, the last wins."
+        )
+        return parser
+
+    @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "predict":
+            # A corpus of predictions does not fit into memory; callbacks write them as they come.
+            parser.set_defaults({"return_predictions": False})
+        return parser
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        try:
+            if isinstance(args, list):
+                # LightningCLI warns when it is given arguments beside sys.argv; here they are the same.
+                self.config = parser.parse_args(args)
+            else:
+                super().parse_arguments(parser, args)
+        except argparse.ArgumentError as error:
+            words = args if isinstance(args, list) else sys.argv[1:]
+            used = next((self._subcommand_parsers[word] for word in words if word in self._subcommand_parsers), None)
+            raise UserError(boil(str(error), used)) from error
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except BaseException as error:
+            children = child_processes(self.trainer)
+            if one_line(error) is None and _a_child_has_reported(children):
+                raise SystemExit(USER_ERROR) from None
+            for child in children:
+                child.send_signal(signal.SIGKILL)
+            interrupted = self.trainer.state.status == TrainerStatus.INTERRUPTED
+            if isinstance(error, SystemExit) and error.code == 1 and interrupted:
+                raise KeyboardInterrupt from None
+            raise
+
+
+def _a_child_has_reported(children: list[Any]) -> bool:
+    """Whether a process that this one started has ended with a user's mistake, and so broke a collective here."""
+    if not children:
+        return False
+    deadline = time.monotonic() + _SECONDS_FOR_A_CHILD_TO_EXIT
+    while time.monotonic() < deadline:
+        if any(child.poll() == USER_ERROR for child in children):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def _versions() -> list[str]:
+    """The header of every saved configuration: what it was made with."""
+    versions = [f"lightning_gr=={__version__}", f"lightning.pytorch=={pl.__version__}", f"torch=={torch.__version__}"]
+    if (torchrec := version_of("torchrec")) is not None:
+        versions.append(f"torchrec=={torchrec}")
+    if (found := fbgemm()) is not None:
+        versions.append("==".join(found))
+    return versions
