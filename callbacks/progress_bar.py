@@ -12,9 +12,9 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from typing_extensions import override
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _LOSS_NAMES = ("train/loss", "train_loss", "loss")
 _RATE_WINDOW_S = 10.0
-_MIN_BAR, _MAX_BAR = 8, 40
+_MIN_BAR, _MAX_BAR, _BAR_STEP = 10, 40, 10  # columns
 
 
 class GRProgressBar(ProgressBar):
@@ -102,6 +102,7 @@ class GRProgressBar(ProgressBar):
         if self.is_enabled:
             self._run = _Run(started_at=monotonic())
             self._open()
+            self._shown_at = -math.inf
 
     @override
     def on_train_batch_end(
@@ -144,8 +145,10 @@ class GRProgressBar(ProgressBar):
             time = f"{_duration(seconds * (run.total - run.done))} left"
         else:
             time = ""
-        facts = [_percent(run.done, run.total), time, *_named(run.metrics), run.rate.text()]
-        return _Line(run.label, run.done, run.total, facts, _named(run.validation))
+        facts = [*_named(run.metrics), run.rate.text()]
+        return _Line(
+            run.label, run.done, run.total, [_percent(run.done, run.total), time], facts, _named(run.validation)
+        )
 
     def _train_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any) -> dict[str, Any]:
         metrics: dict[str, Any] = dict(self.get_metrics(trainer, pl_module))
@@ -257,28 +260,28 @@ class GRProgressBar(ProgressBar):
         phase, run = self._evaluation, self._run
         count = f"{phase.done}" if phase.total is None else f"{phase.done}/{phase.total}"
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
-            return _Line(f"{phase.name} {count}", phase.done, phase.total, [phase.rate.text()], [])
-        facts = [_percent(run.done, run.total), f"{phase.name} {count}"]
-        return _Line(run.label, run.done, run.total, facts, _named(run.validation))
+            return _Line(f"{phase.name} {count}", phase.done, phase.total, facts=[phase.rate.text()])
+        where = [_percent(run.done, run.total), f"{phase.name} {count}"]
+        return _Line(run.label, run.done, run.total, where, _named(run.metrics), _named(run.validation))
 
     def _finish(self, trainer: pl.Trainer, metrics: Mapping[str, float] | None = None) -> None:
         if self.is_disabled:
             return
         now = monotonic()
-        phase, metrics_shown = self._evaluation, _named(metrics or {})
+        phase, run, shown = self._evaluation, self._run, _named(metrics or {})
         took = f"in {_duration(now - phase.started_at)}"
         if trainer.state.fn != TrainerFn.FITTING:
             phase.rate.mark(now)
-            facts = [took, phase.rate.text()]
-            self._show(_Line(f"{phase.name} {phase.done}", phase.done, phase.total, facts, metrics_shown), now)
+            line = _Line(f"{phase.name} {phase.done}", phase.done, phase.total, [took], [phase.rate.text()], shown)
+            self._show(line, now)
             self._close()
             return
-        self._run.rate.skip(now - phase.started_at)
+        run.rate.skip(now - phase.started_at)
         if self._display_is_live:
             self._show(self._train_line(now), now)
         else:
-            facts = [_percent(self._run.done, self._run.total), f"{phase.name} {took}"]
-            self._show(_Line(self._run.label, self._run.done, self._run.total, facts, metrics_shown), now)
+            where = [_percent(run.done, run.total), f"{phase.name} {took}"]
+            self._show(_Line(run.label, run.done, run.total, where, _named(run.metrics), shown), now)
 
     # ---- display -----------------------------------------------------------------------------------------------
 
@@ -367,35 +370,35 @@ class _Line:
     label: str
     done: int
     total: int | None
-    facts: list[str]
-    metrics: list[str]
+    where: list[str] = field(default_factory=list)
+    facts: list[str] = field(default_factory=list)
+    validation: list[str] = field(default_factory=list)
 
     def plain(self) -> str:
-        return "  ".join(part for part in (self.label, *self.facts, *self.metrics) if part)
+        return _joined([self.label, *self.where, *self.facts, *self.validation])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         from rich.progress_bar import ProgressBar as Bar
         from rich.table import Table
         from rich.text import Text
 
-        def text(string: str, style: str) -> Text:
-            return Text(string, style=style, no_wrap=True, overflow="ellipsis")
-
-        facts, metrics = ("  ".join(filter(None, parts)) for parts in (self.facts, self.metrics))
-        room = options.max_width - len(self.label) - len(facts) - 4
-        below = bool(metrics) and room - len(metrics) - 2 < _MIN_BAR
-        room -= len(metrics) + 2 if metrics and not below else 0
-        cells: list[RenderableType] = [text(self.label, "bold")]
-        if room >= _MIN_BAR:
-            cells.append(Bar(total=self.total, completed=self.done, width=min(room, _MAX_BAR)))
-        cells.append(text(facts, ""))
-        if metrics and not below:
-            cells.append(text(metrics, "green"))
-        grid = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
-        grid.add_row(*cells)
-        yield grid
-        if below:
-            yield text("  " + metrics, "green")
+        where, facts, validation = (
+            Text(_joined(parts), style=style, no_wrap=True, overflow="ellipsis")
+            for parts, style in ((self.where, ""), (self.facts, ""), (self.validation, "green"))
+        )
+        label = Text(self.label, style="bold", no_wrap=True, overflow="ellipsis")
+        details = [part for part in (facts, validation) if part]
+        room = options.max_width - len(label) - len(where) - 4
+        room_beside = room - sum(len(part) + 2 for part in details)
+        if beside := room_beside >= _MIN_BAR:
+            room = room_beside
+        # In big steps, or the bar would twitch with every digit beside it.
+        width = min(room // _BAR_STEP * _BAR_STEP, _MAX_BAR)
+        bar = [Bar(total=self.total, completed=self.done, width=width)] if width >= _MIN_BAR else []
+        for row in ([label, *bar, where, *details],) if beside else ([label, *bar, where], [" ", *details]):
+            grid = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
+            grid.add_row(*row)
+            yield grid
 
 
 class _Display:
@@ -520,6 +523,10 @@ def _size(batch: Any, unit: str) -> tuple[int, str]:
 def _named(metrics: Mapping[str, Any]) -> list[str]:
     shown = {name: value for name, value in metrics.items() if not name.endswith("_epoch") or name[:-6] not in metrics}
     return [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()]
+
+
+def _joined(parts: Sequence[str]) -> str:
+    return "  ".join(part for part in parts if part)
 
 
 def _percent(done: int, total: int | None) -> str:

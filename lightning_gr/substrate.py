@@ -42,8 +42,9 @@ def install_command() -> str:
     return f"pip install --no-deps torchrec=={torchrec} {name}=={fbgemm_version}"
 
 
-def _minor(version: str) -> str:
-    return ".".join(version.split("+")[0].split(".")[:2])
+def same_minor(version: str, other: str) -> bool:
+    """Whether two versions agree in their first two numbers, all that the binary interface depends on."""
+    return version.split("+")[0].split(".")[:2] == other.split("+")[0].split(".")[:2]
 
 
 def problem() -> str | None:
@@ -58,7 +59,7 @@ def problem() -> str | None:
         torchrec = version_of("torchrec")
         assert torchrec is not None
         for name, here, wanted in (("torchrec", torchrec, pair[0]), (*found, pair[1])):
-            if _minor(here) != _minor(wanted):
+            if not same_minor(here, wanted):
                 return (
                     f"{name} {here} does not fit torch {version_of('torch')}, which wants {wanted}; "
                     f"run: {install_command()}"

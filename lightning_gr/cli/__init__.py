@@ -77,6 +77,7 @@ def _dispatch(args: list[str]) -> int:
 
         return doctor.main(args[1:])
     if command in TRAINING or command.startswith("-"):
+        _check_configs(args)
         from lightning_gr.cli import training
 
         return training.main(args)
@@ -84,6 +85,17 @@ def _dispatch(args: list[str]) -> int:
     near = difflib.get_close_matches(command, known, n=1)
     remedy = f"did you mean {near[0]}?" if near else f"choose from {', '.join(known)}"
     raise errors.UserError(f"{command}: no such command; {remedy}")
+
+
+def _check_configs(args: list[str]) -> None:
+    """Finds a missing file or recipe before the seconds that torch takes to load."""
+    from lightning_gr.cli.recipes import resolve_config
+
+    for word, following in zip(args, [*args[1:], ""], strict=True):
+        if word in ("-c", "--config") and following:
+            resolve_config(following)
+        elif word.startswith("--config="):
+            resolve_config(word.partition("=")[2])
 
 
 def _help() -> str:

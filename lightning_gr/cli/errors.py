@@ -79,6 +79,9 @@ def one_line(error: BaseException) -> str | None:
     file = frame.tb_frame.f_code.co_filename
     if package not in _OUR_PACKAGES | _LIGHTNING and _is_library(file):
         return None
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        top = error.name.partition(".")[0]
+        return None if top in _OUR_PACKAGES else f"{top}: not installed; lightning-gr doctor says how to get it"
     line = " ".join(_message(error).split())
     if package in _OUR_PACKAGES:
         return line

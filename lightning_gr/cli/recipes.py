@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,28 @@ def main(argv: Sequence[str]) -> int:
     else:
         print(f"wrote {_copy(args.name, args.dest, force=args.force)}")
     return 0
+
+
+def resolve_config(value: str) -> str:
+    """The file behind a value of ``--config``.
+
+    Raises:
+        UserError: neither a file nor a recipe.
+    """
+    file = Path(value).expanduser()
+    if file.is_file():
+        return str(file)
+    if file.is_dir():
+        raise UserError(f"--config {value}: is a folder; give a YAML file in it")
+    if re.search(r"[\n{}]|: |://", value):
+        return value
+    if value.removesuffix(".yaml") in recipes.ls():
+        return str(recipes.path(value))
+    near = recipes.near_names(value.removesuffix(".yaml"), recipes.ls())
+    meant = f"did you mean the recipe {' or '.join(near)}?" if near else ""
+    if value.endswith((".yaml", ".yml", ".json")) or value.startswith((".", "/", "~")):
+        raise UserError(f"--config {value}: no such file; {meant or 'check the path, or see lightning-gr recipes ls'}")
+    raise UserError(f"--config {value}: unknown recipe; {meant or 'there are: ' + ', '.join(recipes.ls())}")
 
 
 def _copy(name: str, dest: Path, *, force: bool) -> Path:

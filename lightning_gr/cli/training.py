@@ -8,7 +8,6 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -23,10 +22,11 @@ import lightning_gr.callbacks
 import lightning_gr.data
 import lightning_gr.models
 import lightning_gr.plugins  # noqa: F401
-from lightning_gr import __version__, recipes
+from lightning_gr import __version__
 from lightning_gr._compat import child_processes
 from lightning_gr.cli.errors import USER_ERROR, UserError, one_line
 from lightning_gr.cli.parse_errors import boil
+from lightning_gr.cli.recipes import resolve_config
 from lightning_gr.substrate import fbgemm, version_of
 
 _SECONDS_FOR_A_CHILD_TO_EXIT = 1.0
@@ -52,28 +52,6 @@ class RecipeAction(ActionConfigFile):
                 where = " ".join(re.sub(r'.*Problems parsing config:|in "<unicode string>",', "", message).split())
                 raise UserError(f"--config {values}: not valid YAML: {where}; mend the file") from error
             raise
-
-
-def resolve_config(value: str) -> str:
-    """The file behind a value of ``--config``.
-
-    Raises:
-        UserError: neither a file nor a recipe.
-    """
-    file = Path(value).expanduser()
-    if file.is_file():
-        return str(file)
-    if file.is_dir():
-        raise UserError(f"--config {value}: is a folder; give a YAML file in it")
-    if re.search(r"[\n{}]|: |://", value):
-        return value
-    if value.removesuffix(".yaml") in recipes.ls():
-        return str(recipes.path(value))
-    near = recipes.near_names(value.removesuffix(".yaml"), recipes.ls())
-    meant = f"did you mean the recipe {' or '.join(near)}?" if near else ""
-    if value.endswith((".yaml", ".yml", ".json")) or value.startswith((".", "/", "~")):
-        raise UserError(f"--config {value}: no such file; {meant or 'check the path, or see lightning-gr recipes ls'}")
-    raise UserError(f"--config {value}: unknown recipe; {meant or 'there are: ' + ', '.join(recipes.ls())}")
 
 
 class GRCLI(LightningCLI):

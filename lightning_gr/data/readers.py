@@ -135,9 +135,9 @@ def _read_movielens(path: Path) -> pl.DataFrame:
     fields = _read_lines(path).with_columns(pl.col("line").str.split(separator))
     wrong = fields.filter(pl.col("line").list.len() != 4)
     if not wrong.is_empty():
+        form = separator.replace("\t", "<tab>").join(["user", "movie", "rating", "seconds"])
         raise ValueError(
-            f"{path}: line {wrong['number'][0]} has {len(wrong['line'][0])} fields; expected "
-            f"user{separator!r}movie{separator!r}rating{separator!r}seconds"
+            f"{path}: line {wrong['number'][0]} has {len(wrong['line'][0])} field(s) instead of 4; expected {form}"
         )
     names = {"user_id": 0, "item_id": 1, "timestamp": 3}
     return fields.select(**{name: pl.col("line").list.get(index) for name, index in names.items()})

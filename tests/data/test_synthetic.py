@@ -1,0 +1,150 @@
+"""The synthetic log: its form, and that its oracle is the truth."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import random
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lightning_gr.data.synthetic import MarkovItems, write_synthetic_log
+
+SETTINGS: dict[str, Any] = {"num_users": 4000, "num_items": 60, "mean_length": 9.0, "max_length": 40, "seed": 5}
+
+
+def histories(path: Path) -> dict[str, list[tuple[int, int]]]:
+    """(time, raw item id) of each user's events in the order of the file."""
+    users = defaultdict(list)
+    with path.open() as file:
+        for row in csv.DictReader(file):
+            users[row["user_id"]].append((int(row["timestamp"]), int(row["item_id"])))
+    return users
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    path = tmp_path_factory.mktemp("synthetic") / "events.csv"
+    return path, write_synthetic_log(path, **SETTINGS)
+
+
+def test_form_of_the_log(written: tuple[Path, Any]) -> None:
+    path, summary = written
+    users = histories(path)
+    lengths = [len(events) for events in users.values()]
+    assert list(users)[:2] == ["u000000", "u000001"]
+    assert (summary.num_users, summary.num_events) == (len(users), sum(lengths)) == (4000, sum(lengths))
+    assert (min(lengths), max(lengths)) == (5, 40)
+    assert abs(np.mean(lengths) - 9) < 1.5
+    assert np.mean(lengths) > 1.1 * np.median(lengths)
+    for events in users.values():
+        times = [time for time, _ in events]
+        assert times == sorted(set(times))
+    items = {item for events in users.values() for _, item in events}
+    assert len(items) == 60
+    assert min(items) > 60
+    assert sorted(os.listdir(path.parent)) == ["events.csv", "events.oracle.json"]
+
+
+def test_a_log_is_a_function_of_its_seed(written: tuple[Path, Any], tmp_path: Path) -> None:
+    path, _ = written
+    write_synthetic_log(tmp_path / "again.csv", **SETTINGS)
+    assert (tmp_path / "again.csv").read_bytes() == path.read_bytes()
+    write_synthetic_log(tmp_path / "other.csv", **(SETTINGS | {"seed": 6}))
+    assert (tmp_path / "other.csv").read_bytes() != path.read_bytes()
+
+
+class Truth:
+    """The planted model said once more, one history at a time, from the tables and the documented settings."""
+
+    def __init__(self, oracle: dict[str, Any]) -> None:
+        self.settings = oracle["settings"]
+        chain = MarkovItems(**{name: self.settings[name] for name in ("num_items", "first", "second", "seed", "zipf")})
+        self.tables = [table.tolist() for table in chain.successors]
+        self.popularity = chain.popularity.tolist()
+        by_rank = sorted(self.popularity, reverse=True)
+        assert by_rank[0] / by_rank[9] == pytest.approx(10 ** self.settings["zipf"])
+
+    def probabilities(self, last: int, before: int) -> list[float]:
+        s = self.settings
+        p = [(1 - s["first"] - s["second"]) * share for share in self.popularity]
+        for weight, successors in ((s["first"], self.tables[0][last]), (s["second"], self.tables[1][before])):
+            for item, share in zip(successors, s["successor_shares"], strict=True):
+                p[item] += weight * share
+        return p
+
+    def draw(self, last: int, before: int, rng: random.Random) -> int:
+        s = self.settings
+        kind = rng.random()
+        if kind < s["second"]:
+            return rng.choices(self.tables[1][before], s["successor_shares"])[0]
+        if kind < s["second"] + s["first"]:
+            return rng.choices(self.tables[0][last], s["successor_shares"])[0]
+        return rng.choices(range(s["num_items"]), self.popularity)[0]
+
+
+def rank_by(scores: list[float], target: int) -> int:
+    return 1 + sum(score > scores[target] for score in scores)
+
+
+def within_error(values: list[float], expected: float) -> bool:
+    return abs(float(np.mean(values)) - expected) < 4 * float(np.std(values)) / len(values) ** 0.5
+
+
+@pytest.mark.parametrize(("split", "back"), [("test", 1), ("val", 2)])
+def test_oracle_is_what_the_ideal_scorer_reaches(written: tuple[Path, Any], split: str, back: int) -> None:
+    path, summary = written
+    oracle = json.loads(path.with_suffix(".oracle.json").read_text())
+    truth, rng = Truth(oracle), random.Random(1)
+    users = [[item for _, item in events] for events in histories(path).values()]
+    rows = {item: row for row, item in enumerate(sorted({item for events in users for item in events}))}
+    held_out: dict[str, list[float]] = {"HR@10": [], "NDCG@10": []}
+    sampled: dict[str, list[float]] = {"HR@10": [], "NDCG@10": []}
+    for events in users:
+        target, last, before = (rows[item] for item in reversed(events[-back - 2 : len(events) - back + 1]))
+        scores = truth.probabilities(last, before)
+        assert sum(scores) == pytest.approx(1.0)
+        for metrics, item in ((held_out, target), (sampled, truth.draw(last, before, rng))):
+            rank = rank_by(scores, item)
+            metrics["HR@10"].append(float(rank <= 10))
+            metrics["NDCG@10"].append(1 / np.log2(rank + 1) if rank <= 10 else 0.0)
+    for name, best in oracle[split].items():
+        # Ranks among ties differ by a hair of probability; the sampling error is far wider.
+        assert within_error(held_out[name], best)
+        assert within_error(sampled[name], best)
+    if split == "test":
+        assert oracle["test"] == {"HR@10": summary.best_hr, "NDCG@10": summary.best_ndcg}
+    # A scorer that knows less does worse, so the agreement above is no accident.
+    popular = [float(rank_by(truth.popularity, rows[events[-back]]) <= 10) for events in users]
+    assert np.mean(popular) < oracle[split]["HR@10"] - 0.2
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "events.csv"
+    path.write_text("old")
+
+    def fail(*_: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_synthetic_log(path, num_users=5, num_items=20, mean_length=6)
+    assert os.listdir(tmp_path) == ["events.csv"]
+    assert path.read_text() == "old"
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("num_items", 9), ("num_users", 0), ("mean_length", 3.0), ("mean_length", 301.0), ("first", 0.9), ("second", -0.1)],
+)
+def test_settings_that_cannot_work_are_named(tmp_path: Path, setting: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=setting) as error:
+        write_synthetic_log(tmp_path / "events.csv", **{setting: value})
+    assert str(value) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
