@@ -55,10 +55,24 @@ def boil(message: str, parser: argparse.ArgumentParser | None = None) -> str:
     if message.startswith("the following arguments are required:"):
         missing = message.partition(":")[2].strip()
         return f"{missing}: missing; give it on the command line or in a --config (lightning-gr recipes ls)"
-    if message.startswith("Problems parsing config:"):
-        return f"--config: not valid YAML: {_flat(message.partition(':')[2])}; mend the file"
     finding = _most_telling(message)
     return _flat(message) if finding is None else _explain(finding, message)
+
+
+def boil_config(message: str, source: str, parser: argparse.ArgumentParser) -> str:
+    """The same for an error inside one `--config`, which is named.
+
+    Args:
+        message: what jsonargparse said.
+        source: the value of `--config`.
+        parser: the parser of the subcommand.
+    """
+    if message.startswith("Unexpected config"):
+        return f"--config {source}: not settings: {_flat(message.partition(':')[2])[:60]!r}; write `name: value` lines"
+    said = re.sub(r'^Problems parsing config:|^Parser key "config":', "", message)
+    if said != message:
+        return f"--config {_flat(source)}: not valid YAML: {_flat(said.replace('in "<unicode string>",', 'at'))}; mend it"
+    return f"{boil(message, parser)} (in --config {_flat(source)})"
 
 
 def _most_telling(message: str) -> _Finding | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
 import signal
 import sys
 import time
@@ -25,7 +24,7 @@ import lightning_gr.plugins  # noqa: F401
 from lightning_gr import __version__
 from lightning_gr._compat import child_processes
 from lightning_gr.cli.errors import USER_ERROR, UserError, one_line
-from lightning_gr.cli.parse_errors import boil
+from lightning_gr.cli.parse_errors import boil, boil_config
 from lightning_gr.cli.recipes import resolve_config
 from lightning_gr.substrate import fbgemm, version_of
 
@@ -47,11 +46,7 @@ class RecipeAction(ActionConfigFile):
         try:
             super().__call__(parser, cfg, source, option_string)
         except (TypeError, ValueError, argparse.ArgumentError) as error:
-            message = str(error)
-            if "Problems parsing config" in message or source == values and "\n" in message:
-                where = " ".join(re.sub(r'.*Problems parsing config:|in "<unicode string>",', "", message).split())
-                raise UserError(f"--config {values}: not valid YAML: {where}; mend the file") from error
-            raise
+            raise UserError(boil_config(str(error), str(values), parser)) from error
 
 
 class GRCLI(LightningCLI):

@@ -59,8 +59,8 @@ def read_events(path: str | Path, format: LogFormat = "auto") -> pl.DataFrame:
 def _first_line(path: Path) -> str:
     with path.open("rb") as file:
         for raw in file:
-            if raw.strip():
-                return raw.decode("utf-8-sig", errors="replace").strip()
+            if line := raw.decode("utf-8-sig", errors="replace").strip():
+                return line
     return ""
 
 

@@ -126,11 +126,11 @@ def test_a_wrong_setting(args: list[str], said: str, fails: Callable[..., str]) 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("trainer:\n  max_epochs: many\n", "trainer.max_epochs: expected int or null, got 'many'"),
+        ("trainer:\n  max_epochs: many\n", "trainer.max_epochs: expected int or null, got 'many'; correct the value (in --config {file})"),
         ("trainer:\n  max_epocs: 3\n", "trainer.max_epocs: no such setting of 'fit'; did you mean trainer.max_epochs?"),
         ("model:\n  class_path: ToyCliModel\n  init_args:\n    width: [1]\n", "model.init_args.width: expected int, got '[1]'"),
         ("trainer: [\n  max_epochs: 3\n", "--config {file}: not valid YAML: "),
-        ("just words\n", "--config {file}: not valid YAML: "),
+        ("just words\n", "--config {file}: not settings: 'just words'; "),
     ],
 )
 def test_a_wrong_file(text: str, said: str, fails: Callable[..., str], tmp_path: Path) -> None:

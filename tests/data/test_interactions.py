@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_gr.data import Interactions
@@ -21,6 +21,7 @@ def table(events: list[tuple[Any, Any]], times: list[int] | None = None) -> pl.D
     return frame.with_columns(column).sort("user_id", "timestamp", maintain_order=True)
 
 
+@settings(deadline=None)
 @given(EVENTS, st.booleans())
 def test_every_event_is_kept_in_order(events: list[tuple[int, int]], text: bool) -> None:
     named = [(f"u{user}", f"i{item}") for user, item in events] if text else events
@@ -60,5 +61,5 @@ def test_fingerprint_is_that_of_the_content() -> None:
     assert len({replace(log, **change).fingerprint for change in changes} | {log.fingerprint}) == 7
 
 
-FINGERPRINT = "?"
+FINGERPRINT = "2d4554b270bad223cdaa38f8655cf5a6"
 """Computed once; another value on another machine or version would refuse every older checkpoint."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_gr.data import GlobalBatchPlan
@@ -14,12 +14,13 @@ from lightning_gr.data import GlobalBatchPlan
 COUNTS = st.lists(st.integers(1, 30), min_size=1, max_size=60)
 
 
-def make_plan(counts: list[int], slack: int = 0, **settings: Any) -> GlobalBatchPlan:
+def make_plan(counts: list[int], slack: int = 0, **changes: Any) -> GlobalBatchPlan:
     tokens = np.array(counts, dtype=np.int64)
-    given_ = {"global_tokens": 2 * max(counts) + slack, "seed": 3, "shuffle": True} | settings
+    given_ = {"global_tokens": 2 * max(counts) + slack, "seed": 3, "shuffle": True} | changes
     return GlobalBatchPlan(token_counts=tokens, label_counts={"next_item": tokens, "rare": tokens % 2}, **given_)
 
 
+@settings(deadline=None)
 @given(COUNTS, st.integers(0, 100), st.integers(0, 5), st.booleans())
 def test_every_sample_once_within_budget(counts: list[int], slack: int, epoch: int, shuffle: bool) -> None:
     plan = make_plan(counts, slack, shuffle=shuffle)
@@ -37,6 +38,7 @@ def test_every_sample_once_within_budget(counts: list[int], slack: int, epoch: i
         assert sum(batches, []) == list(range(len(counts)))
 
 
+@settings(deadline=None)
 @given(COUNTS, st.integers(0, 100))
 def test_every_epoch_has_as_many_batches_as_the_first(counts: list[int], slack: int) -> None:
     plan = make_plan(counts, slack)
@@ -46,6 +48,7 @@ def test_every_epoch_has_as_many_batches_as_the_first(counts: list[int], slack: 
     assert lengths.pop() <= -(-sum(counts) // (plan.global_tokens - max(counts) + 1))
 
 
+@settings(deadline=None)
 @given(COUNTS, st.integers(0, 100))
 def test_ranks_share_each_global_batch(counts: list[int], slack: int) -> None:
     cut = make_plan(counts, slack).epoch(1)
@@ -60,6 +63,7 @@ def test_ranks_share_each_global_batch(counts: list[int], slack: int) -> None:
             assert max(loads) - min(loads) <= max(counts)
 
 
+@settings(deadline=None)
 @given(COUNTS, st.integers(1, 5))
 def test_accumulated_denominators_are_the_windows(counts: list[int], accumulate: int) -> None:
     cut = make_plan(counts).epoch(0)
@@ -84,7 +88,7 @@ def test_an_epoch_is_a_function_of_seed_and_number() -> None:
     assert make_plan([1] * 8, seed=7).epoch(2).order.tolist() == PINNED
 
 
-PINNED: list[int] = []
+PINNED = [4, 1, 3, 7, 6, 2, 0, 5]
 """The shuffle on every machine and version; another one would break the resume of older checkpoints."""
 
 

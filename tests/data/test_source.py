@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lightning_gr.batch import PADDING_SAMPLE_ID, TokenKind
@@ -51,13 +51,14 @@ def expected_samples(log: Interactions, split: str, max_length: int) -> dict[int
     return samples
 
 
-def collate(source: RetrievalSource, indices: list[int], **settings: Any) -> Any:
+def collate(source: RetrievalSource, indices: list[int], **changes: Any) -> Any:
     numbers = np.array(indices, dtype=np.int64)
     denominators = {task: float(counts[numbers].sum()) for task, counts in source.label_counts.items()}
-    given_ = {"epoch": 0, "denominators": denominators, "gradient_divisor": 1.0} | settings
+    given_ = {"epoch": 0, "denominators": denominators, "gradient_divisor": 1.0} | changes
     return source.collate(numbers, **given_)
 
 
+@settings(deadline=None)
 @given(HISTORIES, st.sampled_from(SPLITS), st.integers(1, 12), st.booleans(), st.randoms())
 def test_batches_hold_what_plain_lists_say(
     lengths: list[int], split: Any, max_length: int, times: bool, random: Any
@@ -107,19 +108,17 @@ def test_batches_hold_what_plain_lists_say(
     assert batch.request_timestamps_T.tolist() == [item * 10 + 1_000 for item in requests]
 
 
+@settings(deadline=None)
 @given(HISTORIES, st.integers(1, 12))
 def test_nothing_leaks_and_nothing_is_lost(lengths: list[int], max_length: int) -> None:
     log = make_log(lengths)
     seen: dict[str, Counter[int]] = {}
     targets: dict[str, Counter[int]] = {}
     for split in SPLITS:
-        for limit in (max_length, 100):
-            source = RetrievalSource(log, split=split, max_length=limit)
-            batch = collate(source, list(range(len(source.token_counts))))
-            history = Counter(batch.features.values().tolist())
-            labels = Counter(batch.labels["next_item"].values_N.tolist() if batch.labels else [])
-            if limit == max_length:
-                seen[split], targets[split] = history, labels
+        source = RetrievalSource(log, split=split, max_length=max_length)
+        batch = collate(source, list(range(len(source.token_counts))))
+        seen[split] = Counter(batch.features.values().tolist())
+        targets[split] = Counter(batch.labels["next_item"].values_N.tolist() if batch.labels else [])
     evaluated = [user for user in range(len(lengths)) if lengths[user] >= 3]
     ends = log.offsets[1:]
     test, val = {int(ends[user]) - 1 for user in evaluated}, {int(ends[user]) - 2 for user in evaluated}
@@ -128,8 +127,11 @@ def test_nothing_leaks_and_nothing_is_lost(lengths: list[int], max_length: int) 
     assert not (set(seen["train"]) | set(targets["train"])) & (test | val)
     assert not set(seen["val"]) & (test | val)
     assert not set(seen["test"]) & test
-    # The last loop left the unlimited samples behind: all events, each once.
-    assert history == Counter(log.items.tolist())
+    assert all(count == 1 for part in (seen, targets) for split in SPLITS for count in part[split].values())
+    # With room for whole histories every event is used.
+    whole = RetrievalSource(log, split="all", max_length=100)
+    batch = collate(whole, list(range(len(whole.token_counts))))
+    assert Counter(batch.features.values().tolist()) == Counter(log.items.tolist())
     train = RetrievalSource(log, split="train", max_length=100)
     batch = collate(train, list(range(len(train.token_counts))))
     used = set(batch.features.values().tolist()) | set(batch.labels["next_item"].values_N.tolist())
