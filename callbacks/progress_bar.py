@@ -58,7 +58,7 @@ class GRProgressBar(ProgressBar):
         self._evaluation = _Evaluation()
 
     def __getstate__(self) -> dict[str, Any]:
-        # A live display cannot follow into a spawned process.
+        """Everything but a live display, which cannot follow into a spawned process."""
         return self.__dict__ | {"_display": None}
 
     # ---- Lightning's interface ---------------------------------------------------------------------------------
@@ -170,7 +170,6 @@ class GRProgressBar(ProgressBar):
             self._start(self.sanity_check_description, trainer.num_sanity_val_batches)
         else:
             self._start(self.validation_description, trainer.num_val_batches)
-            # While sanity checking, metrics are not computed on all ranks, and asking one rank for them would hang.
             self._evaluation.metrics_before = dict(trainer.callback_metrics)
 
     @override
@@ -189,6 +188,7 @@ class GRProgressBar(ProgressBar):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.is_disabled or trainer.sanity_checking:
             return
+        # Of a sanity check Lightning computes no metrics; reading them would compute, on this rank and no other.
         before, self._evaluation.metrics_before = self._evaluation.metrics_before, {}
         new = {name: value for name, value in trainer.callback_metrics.items() if before.get(name) is not value}
         self._run.validation = {name: value.item() for name, value in new.items() if value.numel() == 1}
@@ -395,7 +395,7 @@ class _Line:
         # In big steps, or the bar would twitch with every digit beside it.
         width = min(room // _BAR_STEP * _BAR_STEP, _MAX_BAR)
         bar = [Bar(total=self.total, completed=self.done, width=width)] if width >= _MIN_BAR else []
-        for row in ([label, *bar, where, *details],) if beside else ([label, *bar, where], [" ", *details]):
+        for row in ([label, *bar, where, *details],) if beside else ([label, *bar, where], ["", *details]):
             grid = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
             grid.add_row(*row)
             yield grid

@@ -161,7 +161,7 @@ class SequenceBatch:
         """
         for task, labels in self.labels.items():
             tokens = labels.tokens_N
-            if tokens.numel() and not (0 <= int(tokens.min()) and int(tokens.max()) < self.layout.num_tokens):
+            if tokens.numel() and not (int(tokens.min()) >= 0 and int(tokens.max()) < self.layout.num_tokens):
                 raise ValueError(
                     f"SequenceBatch.labels[{task!r}].tokens_N: expected positions in 0 ... "
                     f"{self.layout.num_tokens - 1}, got {int(tokens.min())} ... {int(tokens.max())}"
@@ -189,7 +189,9 @@ class SequenceBatch:
         """Where the features live."""
         return self.features.device()
 
-    def mean_over_global_batch(self, loss_sums: Mapping[str, Tensor], weights: Mapping[str, float] | None = None) -> Tensor:
+    def mean_over_global_batch(
+        self, loss_sums: Mapping[str, Tensor], weights: Mapping[str, float] | None = None
+    ) -> Tensor:
         """The loss whose gradient, after the engines' division, is that of the whole global batch.
 
         Args:

@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Args:
         argv: the words after ``lightning-gr``; None means this process's own. Lightning starts further processes by
-            repeating this process's own command line, so several devices need None, torchrun or ``start_method: spawn``.
+            repeating this process's own command line, so several devices need None, torchrun or
+            ``start_method: spawn``.
     """
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))

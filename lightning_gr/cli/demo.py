@@ -64,7 +64,9 @@ def main(argv: Sequence[str]) -> int:
 
     _show_metrics(args.out, log, oracle, console)
     _show_users(args.out, log, console)
-    console.print(f"\ncheckpoint  {checkpoint}\nlogs        {args.out / 'tensorboard'} (TensorBoard), {args.out / 'csv'}")
+    console.print(
+        f"\ncheckpoint  {checkpoint}\nlogs        {args.out / 'tensorboard'} (TensorBoard), {args.out / 'csv'}"
+    )
     console.print(f"top {TOP_K}s     {args.out / 'predictions'} (Parquet)\n", highlight=False)
     console.print(f"Done in {time.monotonic() - started:.0f} s.", highlight=False)
     return 0

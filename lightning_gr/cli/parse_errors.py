@@ -69,9 +69,9 @@ def boil_config(message: str, source: str, parser: argparse.ArgumentParser) -> s
     """
     if message.startswith("Unexpected config"):
         return f"--config {source}: not settings: {_flat(message.partition(':')[2])[:60]!r}; write `name: value` lines"
-    said = re.sub(r'^Problems parsing config:|^Parser key "config":', "", message)
+    said = re.sub(r' in "<unicode string>",|^Problems parsing config:|^Parser key "config":', "", message)
     if said != message:
-        return f"--config {_flat(source)}: not valid YAML: {_flat(said.replace('in "<unicode string>",', 'at'))}; mend it"
+        return f"--config {_flat(source)}: not valid YAML: {_flat(said)}; mend it"
     return f"{boil(message, parser)} (in --config {_flat(source)})"
 
 
@@ -117,7 +117,9 @@ def _tree(message: str) -> list[_Line]:
 def _given(lines: list[_Line], parent: _Line) -> str | None:
     """The value that a key's complaint quotes, when it is the user's own and not jsonargparse's wrapping."""
     for line in lines:
-        if parent in line.parents and (match := re.match(r"^Given value: (.*)$|^Expected .*\. Got value: (.*)$", line.text)):
+        if parent in line.parents and (
+            match := re.match(r"^Given value: (.*)$|^Expected .*\. Got value: (.*)$", line.text)
+        ):
             value = match[1] or match[2] or ""
             return None if value.startswith(("NestedArg(", "Namespace(", "{")) else value
     return None
@@ -128,7 +130,9 @@ def _specificity(text: str) -> int:
         return 0
     if text.startswith("Option ") or "arguments are required" in text:
         return 6
-    if text.startswith(("No module named", "module '", "Import path does not", "Expected a dot import path", "File does")):
+    if text.startswith(
+        ("No module named", "module '", "Import path does not", "Expected a dot import path", "File does")
+    ):
         return 5
     if "NoneType" in text:
         return 1
@@ -142,7 +146,9 @@ def _explain(finding: _Finding, message: str) -> str:
     text = finding.text
     if match := re.match(r"^Option '(.*)' is not accepted", text):
         name = f"{key}.init_args.{match[1]}" if finding.owner else match[1]
-        return f"{name}: {_last(finding.owner)} has no such option; {_did_you_mean(match[1], _parameters(finding.owner))}"
+        return (
+            f"{name}: {_last(finding.owner)} has no such option; {_did_you_mean(match[1], _parameters(finding.owner))}"
+        )
     if "arguments are required" in text:
         missing = [f"{key}.init_args.{name.strip()}" for name in text.partition(":")[2].split(",")]
         return f"{', '.join(missing)}: missing; {_last(finding.owner)} needs it"
@@ -165,7 +171,9 @@ def _expected(finding: _Finding, message: str) -> str:
         if line.text == finding.text and line.parents and line.parents[-1].text == "Errors:":
             siblings = [x.text for x in lines if x.parents == line.parents]
             break
-    kinds = [_kind(re.sub(r"^Expected (?:an? )?|\. Got value:.*$", "", x)) for x in siblings if x.startswith("Expected")]
+    kinds = [
+        _kind(re.sub(r"^Expected (?:an? )?|\. Got value:.*$", "", x)) for x in siblings if x.startswith("Expected")
+    ]
     return " or ".join(dict.fromkeys(kinds))
 
 
@@ -225,10 +233,11 @@ def _import(class_path: str | None) -> type | None:
 
 def _did_you_mean(name: str, known: Iterable[str], help_of: str | None = None, *, dashes: str = "") -> str:
     known = list(known)
-    # Within the same group first: trainer.max_epocs is nearer to trainer.max_epochs than any other spelling.
+    # A typo is mostly in the last part: trainer.max_epocs is compared with the trainer's other settings alone.
     group = name.rpartition(".")[0]
-    inside = [option for option in known if option.rpartition(".")[0] == group]
-    near = difflib.get_close_matches(name, inside, n=2, cutoff=0.75) or difflib.get_close_matches(name, known, n=2)
+    inside = {_last(option): option for option in known if option.rpartition(".")[0] == group}
+    near = [inside[last] for last in difflib.get_close_matches(_last(name), inside, n=1, cutoff=0.7)]
+    near = near or difflib.get_close_matches(name, known, n=2, cutoff=0.75)
     if near:
         return f"did you mean {' or '.join(dashes + option for option in near)}?"
     if help_of is None and known:
@@ -249,7 +258,8 @@ def _did_you_mean_class(wanted: str, bases: list[str]) -> str:
 
 
 def _subclasses(cls: type) -> set[type]:
-    return {cls} | {sub for child in type.__subclasses__(cls) for sub in _subclasses(child)}
+    children: list[type] = type.__subclasses__(cls)
+    return {cls}.union(*(_subclasses(child) for child in children))
 
 
 def _shortest_path(cls: type) -> str:

@@ -73,7 +73,10 @@ class GRCLI(LightningCLI):
         kwargs.setdefault("exit_on_error", False)
         parser = self.parser_class(**kwargs)
         parser.add_argument(
-            "-c", "--config", action=RecipeAction, help="A recipe's name or a YAML file; may be repeated, the last wins."
+            "-c",
+            "--config",
+            action=RecipeAction,
+            help="A recipe's name or a YAML file; may be repeated, the last wins.",
         )
         return parser
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
+from lightning.pytorch.loops.loop import _Loop
 from typing_extensions import override
 
 from lightning_gr.data.interactions import Interactions
@@ -22,6 +23,22 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 log = logging.getLogger(__name__)
+
+
+def _leave_finished_epoch(trainer: pl.Trainer) -> None:
+    """Lets a run resumed from the end of an epoch begin the next one.
+
+    Lightning 2.6 does so by itself only without ``max_steps``: with it, every load counts as a restart within an epoch,
+    and the run trains one batch too many in the finished epoch and then skips the epoch that is due.
+    """
+    progress = getattr(getattr(trainer, "fit_loop", None), "epoch_progress", None)
+    if progress is None or not trainer.fit_loop.restarting:
+        return
+    current = progress.current
+    if current.ready == current.started == current.processed:
+        # The loop's own setter would keep the restart; this one is that of every other loop, and reaches its children.
+        _Loop.restarting.fset(trainer.fit_loop, False)  # type: ignore[attr-defined]
+        current.completed = current.processed
 
 
 class SequenceDataModule(pl.LightningDataModule):
@@ -66,6 +83,8 @@ class SequenceDataModule(pl.LightningDataModule):
         for name, value, least in settings:
             if value < least:
                 raise ValueError(f"{name}={value}: expected at least {least}")
+        if predict_from not in ("all", "test"):
+            raise ValueError(f"predict_from={predict_from!r}: expected all or test")
         self.path, self.format = path, format
         self.global_tokens = global_tokens
         self.eval_global_tokens = global_tokens if eval_global_tokens is None else eval_global_tokens
@@ -144,6 +163,8 @@ class SequenceDataModule(pl.LightningDataModule):
 
     @override
     def train_dataloader(self) -> PlannedLoader:
+        if self.trainer is not None:
+            _leave_finished_epoch(self.trainer)
         return self._loader("train", "train")
 
     @override

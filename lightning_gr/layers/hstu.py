@@ -1,6 +1,7 @@
 """HSTU blocks over jagged sequences (Zhai et al., arXiv 2402.17152, section 3).
 
-Shape suffixes: T tokens of all sequences together, D model width, H heads, P rows of the position table, N time buckets.
+Shape suffixes: T tokens of all sequences together, D model width, H heads, P rows of the position table, N time
+buckets.
 """
 
 from __future__ import annotations
@@ -161,9 +162,7 @@ class HSTUEncoder(nn.Module):
             if not 0 <= rate < 1:
                 raise ValueError(f"{name}={rate}: expected a probability in [0, 1)")
         self.dim, self.max_length, self.dropout = dim, max_length, dropout
-        self.position_PD = (
-            nn.Parameter(torch.randn(max_length, dim) * _INIT_STD) if input_position_embedding else None
-        )
+        self.position_PD = nn.Parameter(torch.randn(max_length, dim) * _INIT_STD) if input_position_embedding else None
         self.layers = nn.ModuleList(
             HSTULayer(
                 dim=dim,

@@ -205,7 +205,7 @@ class RetrievalModule(pl.LightningModule):
         return batch.with_features(features)
 
     def embed(self, batch: SequenceBatch) -> dict[str, Tensor]:
-        """Looks up every feature: ``item_id`` (T, D) and ``corpus`` (I, D), or ``target`` (N, D), ``negative`` (N*R, D)."""
+        """Looks up every feature: ``item_id`` (T, D) and ``corpus`` (I, D), or ``target`` (N, D) and ``negative``."""
         assert self.tables is not None
         return {name: jagged.values() for name, jagged in self.tables(batch.features).items()}
 
@@ -292,7 +292,7 @@ class RetrievalModule(pl.LightningModule):
         labels = batch.labels[TASK]
         ranks_N = ranks_of_targets(scores.logits.float(), labels.values_N)
         num_labels = labels.num_labels
-        for name, metric in self.metrics[split].items():  # type: ignore[union-attr, operator]
+        for name, metric in self.metrics[split].items():  # type: ignore[operator]
             if name == "loss":
                 metric.update(self.loss_sums(scores, batch)[TASK] / max(num_labels, 1), num_labels)
             else:

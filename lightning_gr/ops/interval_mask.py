@@ -87,9 +87,7 @@ class IntervalMask:
         """The mask in full, bool (B, Q, K); rows and columns beyond a sequence's length are False."""
         device = self.a_T.device
         columns_K = torch.arange(k_layout.max_length, device=device)
-        seen_TK = (columns_K < self.a_T[:, None]) | (
-            (columns_K >= self.b_T[:, None]) & (columns_K < self.c_T[:, None])
-        )
+        seen_TK = (columns_K < self.a_T[:, None]) | ((columns_K >= self.b_T[:, None]) & (columns_K < self.c_T[:, None]))
         seen_TK = seen_TK | (self.self_T[:, None] & (columns_K == q_layout.position_T[:, None]))
         lengths_B = k_layout.lengths_B.to(device)
         seen_TK = seen_TK & (columns_K < lengths_B[q_layout.sequence_T][:, None])

@@ -243,7 +243,8 @@ def test_a_prefix_that_is_no_file_name_is_an_error(prefix: str) -> None:
 
 
 def _predict_on_rank(folder: str) -> None:
-    batches = [[[1, 2], [3]], [[], []]][torch.distributed.get_rank()]
+    shards: list[list[list[int]]] = [[[1, 2], [3]], [[], []]]
+    batches = shards[torch.distributed.get_rank()]
     predict(Path(folder), Data(batches), devices=2, strategy="ddp", use_distributed_sampler=False)
 
 

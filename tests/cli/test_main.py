@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import lightning_gr
 import pytest
+
+import lightning_gr
 from lightning_gr.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]

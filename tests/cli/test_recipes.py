@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from lightning_gr import recipes
 from lightning_gr.cli import main
 

@@ -11,10 +11,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
+
 from lightning_gr import recipes
 from lightning_gr.cli import main
 from lightning_gr.cli.training import GRCLI
-from torch import nn
 
 QUIET = [f"--trainer.{x}=false" for x in ("logger", "enable_checkpointing", "enable_progress_bar")]
 QUIET += ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.max_steps=1"]
@@ -56,7 +57,7 @@ class ToyCliModel(pl.LightningModule):
         if self.fails == "import":
             import no_such_package_of_ours  # noqa: F401
         if self.fails == "unpacking":
-            a, b = (1, 2, 3)  # type: ignore[misc]
+            _a, _b = (1, 2, 3)  # type: ignore[misc]
         if self.fails == "torch":
             torch.optim.SGD(self.parameters(), lr=-1.0)
         return self.layer(batch).sum()
@@ -93,12 +94,15 @@ MODEL = ["--model", "ToyCliModel"]
 @pytest.mark.parametrize(
     ("args", "said"),
     [
-        ([*MODEL, "--trainer.max_epocs", "3"], "--trainer.max_epocs: no such option; did you mean --trainer.max_epochs?"),
+        (
+            [*MODEL, "--trainer.max_epocs", "3"],
+            "--trainer.max_epocs: no such option; did you mean --trainer.max_epochs?",
+        ),
         ([*MODEL, "--trainer.max_epochs", "many"], "trainer.max_epochs: expected int or null, got 'many'"),
-        (["--model", "ToyCliModle"], r"model: ToyCliModle: no such class; did you mean .*ToyCliModel\?"),
+        (["--model", "ToyCliModle"], "model: ToyCliModle: no such class; did you mean ...ToyCliModel?"),
         (
             ["--model", "lightning_gr.models.RetrievalModul"],
-            r"model: lightning_gr.models.RetrievalModul: no such class; did you mean lightning_gr.models.RetrievalModule\?",
+            "model: lightning_gr.models.RetrievalModul: no such class...did you mean lightning_gr.models.RetrievalModule?",
         ),
         (["--model", "torch.nn.Linear"], "model: torch.nn.Linear: not the right kind of class; "),
         ([*MODEL, "--model.widht", "3"], "model.init_args.widht: ToyCliModel has no such option; did you mean width?"),
@@ -112,7 +116,10 @@ MODEL = ["--model", "ToyCliModel"]
             [*MODEL, "--model.encoder", "ToyCliEncoder", "--model.encoder.dimm", "1"],
             "model.init_args.encoder.init_args.dimm: ToyCliEncoder has no such option; did you mean dim?",
         ),
-        ([*MODEL, "--trainer.callbacks", "TopKWrite"], "trainer.callbacks: TopKWrite: no such class; did you mean lightning_gr"),
+        (
+            [*MODEL, "--trainer.callbacks", "TopKWrite"],
+            "trainer.callbacks: TopKWrite: no such class; did you mean lightning_gr.callbacks.TopKWriter?",
+        ),
         ([*MODEL, "--data", "lightning_gr.data.SequenceDataModule"], "data.init_args.path: missing"),
         ([], "fit.model: missing; give it"),
         ([*MODEL, "stray"], "stray: unexpected argument"),
@@ -120,15 +127,23 @@ MODEL = ["--model", "ToyCliModel"]
 )
 def test_a_wrong_setting(args: list[str], said: str, fails: Callable[..., str]) -> None:
     line = fails("fit", *args)
-    assert re.match(said, line) or line.startswith(said), line
+    start, _, rest = said.partition("...")
+    assert line.startswith(start), line
+    assert rest in line, line
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("trainer:\n  max_epochs: many\n", "trainer.max_epochs: expected int or null, got 'many'; correct the value (in --config {file})"),
+        (
+            "trainer:\n  max_epochs: many\n",
+            "trainer.max_epochs: expected int or null, got 'many'; correct the value (in --config {file})",
+        ),
         ("trainer:\n  max_epocs: 3\n", "trainer.max_epocs: no such setting of 'fit'; did you mean trainer.max_epochs?"),
-        ("model:\n  class_path: ToyCliModel\n  init_args:\n    width: [1]\n", "model.init_args.width: expected int, got '[1]'"),
+        (
+            "model:\n  class_path: ToyCliModel\n  init_args:\n    width: [1]\n",
+            "model.init_args.width: expected int, got '[1]'",
+        ),
         ("trainer: [\n  max_epochs: 3\n", "--config {file}: not valid YAML: "),
         ("just words\n", "--config {file}: not settings: 'just words'; "),
     ],
@@ -151,7 +166,10 @@ def test_a_missing_file_and_an_unknown_recipe(fails: Callable[..., str], tmp_pat
 @pytest.mark.parametrize(
     ("mistake", "said"),
     [
-        ("init", r"fails='init': no good; leave it out \(raised in test_training.py, line \d+; LIGHTNING_GR_TRACEBACK=1"),
+        (
+            "init",
+            r"fails='init': no good; leave it out \(raised in test_training.py, line \d+; LIGHTNING_GR_TRACEBACK=1",
+        ),
         ("value", r"width: 2 is too small; take 3 \(raised in test_training.py, line \d+; "),
         ("misconfigured", "precision: no; take 32-true"),
         ("file", "no-such-file.csv: no such file or directory; give another path"),
@@ -162,9 +180,7 @@ def test_a_mistake_in_a_run(mistake: str, said: str, fails: Callable[..., str]) 
     assert re.match(said, line := fails("fit", *MODEL, "--model.fails", mistake, *QUIET)), line
 
 
-@pytest.mark.parametrize(
-    ("bug", "kind"), [("unpacking", ValueError), ("torch", ValueError), ("init bug", ValueError)]
-)
+@pytest.mark.parametrize(("bug", "kind"), [("unpacking", ValueError), ("torch", ValueError), ("init bug", ValueError)])
 def test_a_bug_keeps_its_traceback(bug: str, kind: type[Exception], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(kind):
         main(["fit", *MODEL, "--model.fails", bug, *QUIET])

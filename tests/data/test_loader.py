@@ -1,12 +1,10 @@
-"""PlannedLoader: the ranks' shares, the cursor, and resume under a real Trainer at every step."""
+"""PlannedLoader: the ranks' shares, the cursor and what it refuses."""
 
 from __future__ import annotations
 
 import random
-from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -183,117 +181,3 @@ def test_random_numbers_of_the_training_process_are_left_alone(num_workers: int)
     random.seed(0)
     list(make_loader(num_workers=num_workers))
     assert (torch.rand(1), np.random.rand(), random.random()) == expected
-
-
-# ---- under Lightning's own loop ----------------------------------------------------------------------------------
-
-
-class Data(pl.LightningDataModule):
-    def __init__(self, num_workers: int) -> None:
-        super().__init__()
-        self.num_workers = num_workers
-
-    def train_dataloader(self) -> PlannedLoader:
-        return make_loader(num_workers=self.num_workers)
-
-    def val_dataloader(self) -> PlannedLoader:
-        return make_loader(name="val")
-
-
-class Module(pl.LightningModule):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.zeros(1))
-        self.seen: list[tuple[int, int, int, list[int]]] = []
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        self.seen.append((self.current_epoch, batch.epoch, batch_idx, batch.sample_ids_B.tolist()))
-        return self.weight.sum()
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        pass
-
-    def configure_optimizers(self) -> Any:
-        return torch.optim.SGD(self.parameters(), lr=0.1)
-
-
-class Save(pl.Callback):
-    """A checkpoint after every step and at the end of every epoch."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        trainer.save_checkpoint(self.folder / f"step-{trainer.global_step}.ckpt")
-
-    def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        trainer.save_checkpoint(self.folder / f"epoch-{trainer.global_step}.ckpt")
-
-    def on_validation_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        trainer.save_checkpoint(self.folder / f"validation-{trainer.global_step}.ckpt")
-
-
-def fit(num_workers: int, *callbacks: pl.Callback, ckpt_path: Path | None = None, **settings: Any) -> Any:
-    module = Module()
-    trainer = pl.Trainer(
-        accelerator="cpu",
-        logger=False,
-        callbacks=list(callbacks),
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        **settings,
-    )
-    trainer.fit(module, datamodule=Data(num_workers), ckpt_path=ckpt_path)
-    return module.seen
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"max_epochs": 3, "limit_val_batches": 0},
-        {"max_steps": 12, "limit_val_batches": 0},
-        {"max_epochs": 3, "limit_val_batches": 1},
-        {"max_epochs": 3, "limit_val_batches": 1, "val_check_interval": 2},
-        {"max_epochs": 3, "limit_val_batches": 0, "limit_train_batches": 3},
-        {"max_epochs": 3, "limit_val_batches": 0, "accumulate_grad_batches": 2},
-    ],
-    ids=str,
-)
-def test_resume_at_every_step_goes_on_with_the_same_samples(tmp_path: Path, settings: dict[str, Any]) -> None:
-    per_epoch = settings.get("limit_train_batches", len(make_loader()))
-    whole = fit(0, Save(tmp_path), **settings)
-    assert len(whole) == settings.get("max_steps", 3 * per_epoch)
-    truth = [
-        (epoch, epoch, index, batch)
-        for epoch in range(3)
-        for index, batch in enumerate(ids(make_with_epoch(epoch))[:per_epoch])
-    ]
-    assert whole == truth[: len(whole)]
-    paths = list(tmp_path.glob("*.ckpt"))
-    window = settings.get("accumulate_grad_batches", 1)
-    assert len(paths) >= 12 // window
-    for path in paths:
-        state = torch.load(path, weights_only=True)
-        done = state["loops"]["fit_loop"]["epoch_loop.batch_progress"]["total"]["ready"]
-        resumed = fit(0, ckpt_path=path, **settings)
-        assert resumed == whole[done:], path.name
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_resume_with_workers_that_run_ahead(tmp_path: Path) -> None:
-    settings = {"max_epochs": 2, "limit_val_batches": 0}
-    whole = fit(2, Save(tmp_path), **settings)
-    assert whole == fit(0, **settings)
-    for step in (2, len(make_loader()), len(make_loader()) + 1):
-        assert fit(2, ckpt_path=tmp_path / f"step-{step}.ckpt", **settings) == whole[step:]
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_resume_with_another_plan_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fit(0, Save(tmp_path), max_epochs=1, limit_val_batches=0)
-    monkeypatch.setattr(Data, "train_dataloader", lambda self: make_loader(seed=5))
-    with pytest.raises(ValueError, match="^seed: the checkpoint's data plan has 1, this run has 5"):
-        fit(0, ckpt_path=tmp_path / "step-2.ckpt", max_epochs=2, limit_val_batches=0)

@@ -140,7 +140,14 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.parametrize(
     ("setting", "value"),
-    [("num_items", 9), ("num_users", 0), ("mean_length", 3.0), ("mean_length", 301.0), ("first", 0.9), ("second", -0.1)],
+    [
+        ("num_items", 9),
+        ("num_users", 0),
+        ("mean_length", 3.0),
+        ("mean_length", 301.0),
+        ("first", 0.9),
+        ("second", -0.1),
+    ],
 )
 def test_settings_that_cannot_work_are_named(tmp_path: Path, setting: str, value: Any) -> None:
     with pytest.raises(ValueError, match=setting) as error:

@@ -164,7 +164,12 @@ def run_with_validation(world_size: int, log: str) -> dict[str, Any]:
     after = weights_of(model)
     record = Recorder()
     trainer(world_size, record, max_steps=3).fit(model, datamodule=data)
-    return {"during": during, "alone": alone, "same": [np.array_equal(before[k], after[k]) for k in before], "more": record.losses}
+    return {
+        "during": during,
+        "alone": alone,
+        "same": [np.array_equal(before[k], after[k]) for k in before],
+        "more": record.losses,
+    }
 
 
 def test_fit_then_validate_then_fit(gloo: Any, log: str) -> None:

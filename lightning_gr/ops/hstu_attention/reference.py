@@ -55,9 +55,7 @@ def hstu_attention_reference(
     v_BHKV = jagged_to_dense(v_THV, k_layout).transpose(1, 2)
     logits = alpha * (q_BHQD @ k_BHKD.transpose(-1, -2))
     if position_table_PH is not None:
-        rows_QK = position_buckets(
-            q_layout.max_length, k_layout.max_length, position_table_PH.shape[0], q_THD.device
-        )
+        rows_QK = position_buckets(q_layout.max_length, k_layout.max_length, position_table_PH.shape[0], q_THD.device)
         logits = logits + position_table_PH[rows_QK].permute(2, 0, 1)
     if time_table_NH is not None and q_times_T is not None and k_times_T is not None:
         rows_BQK = time_buckets(
