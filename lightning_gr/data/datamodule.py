@@ -38,7 +38,6 @@ def _leave_finished_epoch(trainer: pl.Trainer) -> None:
     if current.ready == current.started == current.processed:
         # The loop's own setter would keep the restart; this one is that of every other loop, and reaches its children.
         _Loop.restarting.fset(trainer.fit_loop, False)  # type: ignore[attr-defined]
-        current.completed = current.processed
 
 
 class SequenceDataModule(pl.LightningDataModule):

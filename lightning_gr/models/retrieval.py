@@ -275,7 +275,7 @@ class RetrievalModule(pl.LightningModule):
         local_mean = sums[TASK].detach() / max(num_labels, 1)
         self.train_loss.update(local_mean, num_labels)
         size = max(batch.num_samples, 1)
-        self.log("train/loss", local_mean, on_step=True, on_epoch=False, prog_bar=True, batch_size=size)
+        self.log("train/loss", local_mean, on_step=True, on_epoch=False, batch_size=size)
         self.log("train/loss_epoch", self.train_loss, on_step=False, on_epoch=True, batch_size=size)
         return batch.mean_over_global_batch(sums)
 

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from lightning_gr.callbacks import GRProgressBar, progress_bar
+from lightning_gr.metrics import HitRate
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -438,8 +439,14 @@ def test_negative_seconds_are_an_error(name: str) -> None:
 
 def _fit_on_rank() -> list[str]:
     class Synced(Module):
+        def __init__(self, clock: Clock) -> None:
+            super().__init__(clock)
+            self.hit_rate = HitRate(k=1)
+
         @override
         def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.hit_rate.update(torch.tensor([1 + torch.distributed.get_rank()]))
+            self.log("val/hit", self.hit_rate)
             self.log("val/rank", float(torch.distributed.get_rank()), sync_dist=True, batch_size=1)
 
     clock, out, stdout = Clock(), io.StringIO(), sys.stdout
@@ -447,7 +454,7 @@ def _fit_on_rank() -> list[str]:
     sys.stdout = out
     try:
         trainer = make_trainer(
-            GRProgressBar(plain_every_s=0), max_epochs=1, devices=2, strategy="ddp", num_sanity_val_steps=1
+            GRProgressBar(plain_every_s=0), max_epochs=2, devices=2, strategy="ddp", num_sanity_val_steps=1
         )
         trainer.fit(Synced(clock), loader(4), loader(2))
     finally:
@@ -460,7 +467,7 @@ def test_only_rank_zero_shows_and_asking_for_metrics_never_hangs(gloo: Any) -> N
     first, second = gloo(2).run(_fit_on_rank)
     assert second == []
     assert first[0].startswith("Sanity Checking 1/1")
-    assert first[-1] == "epoch 1/1  step 2  100%  in 0:00:02  train/loss 2  4 samples/s  val/rank 0.5"
+    assert first[-1] == "epoch 2/2  step 4  100%  in 0:00:04  train/loss 4  4 samples/s  val/hit 0.5  val/rank 0.5"
 
 
 @pytest.mark.dist

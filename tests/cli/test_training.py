@@ -102,7 +102,7 @@ MODEL = ["--model", "ToyCliModel"]
         (["--model", "ToyCliModle"], "model: ToyCliModle: no such class; did you mean ...ToyCliModel?"),
         (
             ["--model", "lightning_gr.models.RetrievalModul"],
-            "model: lightning_gr.models.RetrievalModul: no such class...did you mean lightning_gr.models.RetrievalModule?",
+            "model: lightning_gr.models.RetrievalModul: no such class...you mean lightning_gr.models.RetrievalModule?",
         ),
         (["--model", "torch.nn.Linear"], "model: torch.nn.Linear: not the right kind of class; "),
         ([*MODEL, "--model.widht", "3"], "model.init_args.widht: ToyCliModel has no such option; did you mean width?"),

@@ -94,6 +94,8 @@ def test_workers_change_nothing() -> None:
     for one, other in zip(alone, helped, strict=True):
         assert torch.equal(one.features.values(), other.features.values())
         assert torch.equal(one.labels["next_item"].values_N, other.labels["next_item"].values_N)
+        assert one.request_timestamps_T is not None
+        assert other.request_timestamps_T is not None
         assert torch.equal(one.request_timestamps_T, other.request_timestamps_T)
         assert one.layout.num_tokens == other.layout.num_tokens == other.num_tokens
 

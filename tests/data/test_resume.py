@@ -133,7 +133,11 @@ def test_workers_that_run_ahead_do_not_move_the_cursor(log_file: Path, tmp_path:
 
 
 def test_a_finished_run_can_be_lengthened(log_file: Path, tmp_path: Path) -> None:
-    for settings, longer in (({"max_epochs": 1}, {"max_epochs": 3}), ({"max_steps": 5}, {"max_steps": 12})):
+    runs: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"max_epochs": 1}, {"max_epochs": 3}),
+        ({"max_steps": 5}, {"max_steps": 12}),
+    ]
+    for settings, longer in runs:
         whole = fit(make_data(log_file), Save(tmp_path), **settings)
         steps = planned(log_file, 3)
         assert len(whole) == 5

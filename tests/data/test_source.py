@@ -54,7 +54,7 @@ def expected_samples(log: Interactions, split: str, max_length: int) -> dict[int
 def collate(source: RetrievalSource, indices: list[int], **changes: Any) -> Any:
     numbers = np.array(indices, dtype=np.int64)
     denominators = {task: float(counts[numbers].sum()) for task, counts in source.label_counts.items()}
-    given_ = {"epoch": 0, "denominators": denominators, "gradient_divisor": 1.0} | changes
+    given_: dict[str, Any] = {"epoch": 0, "denominators": denominators, "gradient_divisor": 1.0} | changes
     return source.collate(numbers, **given_)
 
 
