@@ -44,7 +44,7 @@ class RecipeAction(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         source = resolve_config(values)
         try:
-            super().__call__(parser, cfg, source, option_string)  # type: ignore[no-untyped-call]
+            super().__call__(parser, cfg, source, option_string)
         except (TypeError, ValueError, argparse.ArgumentError) as error:
             raise UserError(boil_config(str(error), str(values), parser)) from error
 

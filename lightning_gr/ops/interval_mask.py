@@ -17,7 +17,8 @@ from lightning_gr.ops.jagged import JaggedLayout
 class IntervalMask:
     """Row i sees the key columns ``[0, a) + [b, c) + {own position, if self}`` of its own sequence.
 
-    Columns count from the start of the row's own sequence. The intervals do not overlap: ``a <= b <= c``.
+    Columns count from the start of the row's own sequence. The intervals do not overlap: ``0 <= a <= b <= c``, which
+    only `check_values` looks at, for it must read them back.
 
     Args:
         a_T: int64 end of the first interval of each query row.
@@ -39,6 +40,10 @@ class IntervalMask:
                 raise ValueError(
                     f"IntervalMask.{name}: expected one entry a query row, shape {tuple(shape)}, got "
                     f"{tuple(tensor.shape)}"
+                )
+            if tensor.device != self.a_T.device:
+                raise ValueError(
+                    f"IntervalMask.{name}: expected the device of a_T, {self.a_T.device}, got {tensor.device}"
                 )
             wanted = torch.bool if name == "self_T" else torch.int64
             if tensor.dtype != wanted:
@@ -63,7 +68,7 @@ class IntervalMask:
             num_contextual_B: contextual tokens of each sequence, int64, on the host.
 
         Raises:
-            ValueError: a sequence has more contextual tokens than tokens.
+            ValueError: the counts are not one a sequence, or one is negative or above the sequence's length.
         """
         contextual_T = _per_token(layout, num_contextual_B, "num_contextual_B")
         return cls._prefix(torch.maximum(layout.position_T + 1, contextual_T))
@@ -77,10 +82,10 @@ class IntervalMask:
             num_candidates_B: candidates of each sequence, int64, on the host.
 
         Raises:
-            ValueError: a sequence has more candidates than tokens.
+            ValueError: the counts are not one a sequence, or one is negative or above the sequence's length.
         """
-        history_B = layout.lengths_B - num_candidates_B
-        history_T = _per_token(layout, history_B, "num_candidates_B")
+        candidates_T = _per_token(layout, num_candidates_B, "num_candidates_B")
+        history_T = layout.offsets_B1.diff()[layout.sequence_T] - candidates_T
         return cls._prefix(torch.minimum(layout.position_T + 1, history_T), layout.position_T >= history_T)
 
     def visible(self, q_layout: JaggedLayout, k_layout: JaggedLayout) -> Tensor:
@@ -89,33 +94,62 @@ class IntervalMask:
         columns_K = torch.arange(k_layout.max_length, device=device)
         seen_TK = (columns_K < self.a_T[:, None]) | ((columns_K >= self.b_T[:, None]) & (columns_K < self.c_T[:, None]))
         seen_TK = seen_TK | (self.self_T[:, None] & (columns_K == q_layout.position_T[:, None]))
-        lengths_B = k_layout.lengths_B.to(device)
-        seen_TK = seen_TK & (columns_K < lengths_B[q_layout.sequence_T][:, None])
+        seen_TK = seen_TK & (columns_K < _num_keys(q_layout, k_layout)[:, None])
         dense = torch.zeros(
             q_layout.num_sequences, q_layout.max_length, k_layout.max_length, dtype=torch.bool, device=device
         )
         dense[q_layout.sequence_T, q_layout.position_T] = seen_TK
         return dense
 
-    def num_visible_pairs(self, q_layout: JaggedLayout, k_layout: JaggedLayout) -> int:
-        """How many (query, key) pairs are seen, counted without the dense mask; reads back from the device."""
-        keys_T = k_layout.lengths_B.to(self.a_T.device)[q_layout.sequence_T]
+    def num_visible_B(self, q_layout: JaggedLayout, k_layout: JaggedLayout) -> Tensor:
+        """How many (query, key) pairs each sequence sees, int64 on the mask's device, without the dense mask."""
+        keys_T = _num_keys(q_layout, k_layout)
+        own_T = q_layout.position_T
         first_T = torch.minimum(self.a_T, keys_T)
         second_T = (torch.minimum(self.c_T, keys_T) - torch.minimum(self.b_T, keys_T)).clamp(min=0)
-        own_T = q_layout.position_T
-        in_first_T = own_T < self.a_T
-        in_second_T = (own_T >= self.b_T) & (own_T < self.c_T)
-        alone_T = self.self_T & (own_T < keys_T) & ~in_first_T & ~in_second_T
-        return int((first_T + second_T + alone_T).sum())
+        in_interval_T = (own_T < self.a_T) | ((own_T >= self.b_T) & (own_T < self.c_T))
+        alone_T = self.self_T & (own_T < keys_T) & ~in_interval_T
+        counts_B = torch.zeros_like(q_layout.offsets_B1[1:])
+        return counts_B.index_add(0, q_layout.sequence_T, first_T + second_T + alone_T)
+
+    def num_visible_pairs(self, q_layout: JaggedLayout, k_layout: JaggedLayout) -> int:
+        """How many (query, key) pairs all sequences see together.
+
+        Reads back from the mask's device; make the mask from `JaggedLayout.on_host` to count on the host alone.
+        """
+        return int(self.num_visible_B(q_layout, k_layout).sum())
+
+    def check_values(self, q_layout: JaggedLayout, k_layout: JaggedLayout) -> None:
+        """Checks every row, which may live on a device; for debugging, since it reads them back.
+
+        Raises:
+            ValueError: a row's intervals overlap or leave its sequence of keys, or its own column does.
+        """
+        rows_T4 = torch.stack([self.a_T, self.b_T, self.c_T, self.self_T.to(torch.int64)], 1)
+        own_T2 = torch.stack([q_layout.position_T, _num_keys(q_layout, k_layout)], 1)
+        for i, ((a, b, c, sees_self), (own, num_keys)) in enumerate(zip(rows_T4.tolist(), own_T2.tolist(), strict=True)):
+            if not 0 <= a <= b <= c <= num_keys:
+                raise ValueError(
+                    f"mask: row {i} has the intervals [0, {a}) and [{b}, {c}); expected 0 <= a <= b <= c <= {num_keys}, "
+                    "the keys of its sequence"
+                )
+            if sees_self and own >= num_keys:
+                raise ValueError(f"mask: row {i} sees its own column {own}; its sequence has {num_keys} keys")
+
+
+def _num_keys(q_layout: JaggedLayout, k_layout: JaggedLayout) -> Tensor:
+    """How many keys the sequence of each query has, int64 on the device."""
+    return k_layout.offsets_B1.diff()[q_layout.sequence_T]
 
 
 def _per_token(layout: JaggedLayout, counts_B: Tensor, name: str) -> Tensor:
     """Host counts of the sequences, checked, spread over their tokens on the device."""
-    if counts_B.device.type != "cpu" or counts_B.shape != layout.lengths_B.shape:
+    if counts_B.device.type != "cpu" or counts_B.dtype != torch.int64 or counts_B.shape != layout.lengths_B.shape:
         raise ValueError(
-            f"{name}: expected one host count a sequence, shape {tuple(layout.lengths_B.shape)}, got shape "
-            f"{tuple(counts_B.shape)} on {counts_B.device}"
+            f"{name}: expected one int64 count a sequence on the CPU, shape {tuple(layout.lengths_B.shape)}, got "
+            f"{counts_B.dtype} of shape {tuple(counts_B.shape)} on {counts_B.device}"
         )
-    if bool(((counts_B < 0) | (counts_B > layout.lengths_B)).any()):
-        raise ValueError(f"{name}: expected counts between 0 and the length of each sequence")
+    for i, (count, length) in enumerate(zip(counts_B.tolist(), layout.lengths_B.tolist(), strict=True)):
+        if not 0 <= count <= length:
+            raise ValueError(f"{name}[{i}]={count}: expected 0 ... {length}, the length of the sequence")
     return counts_B.to(layout.offsets_B1.device, non_blocking=True)[layout.sequence_T]

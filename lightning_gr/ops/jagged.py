@@ -58,6 +58,25 @@ class JaggedLayout:
         """The same layout with its offsets on `device`."""
         return JaggedLayout(self.lengths_B, self.offsets_B1.to(device, non_blocking=non_blocking))
 
+    def on_host(self) -> JaggedLayout:
+        """The same layout with its offsets on the CPU, made from the host lengths: nothing is read back."""
+        return JaggedLayout.from_lengths(self.lengths_B)
+
+    def check_values(self, name: str = "layout") -> None:
+        """Checks the offsets, which may live on a device; for debugging, since it reads them back.
+
+        Args:
+            name: what the message calls the layout.
+
+        Raises:
+            ValueError: the offsets are not the running sums of the lengths.
+        """
+        for i, (found, wanted) in enumerate(
+            zip(self.offsets_B1.tolist(), self.on_host().offsets_B1.tolist(), strict=True)
+        ):
+            if found != wanted:
+                raise ValueError(f"{name}.offsets_B1[{i}]={found}: expected {wanted}, the sum of the lengths before it")
+
     def pin_memory(self) -> JaggedLayout:
         """The same layout with its offsets in page-locked host memory."""
         return JaggedLayout(self.lengths_B, self.offsets_B1.pin_memory())

@@ -99,7 +99,7 @@ MODEL = ["--model", "ToyCliModel"]
             "--trainer.max_epocs: no such option; did you mean --trainer.max_epochs?",
         ),
         ([*MODEL, "--trainer.max_epochs", "many"], "trainer.max_epochs: expected int or null, got 'many'"),
-        (["--model", "ToyCliModle"], "model: ToyCliModle: no such class; did you mean ...ToyCliModel?"),
+        (["--model", "ToyCliModle"], "model: ToyCliModle: no such class; did you mean ...ToyCliModel"),
         (
             ["--model", "lightning_gr.models.RetrievalModul"],
             "model: lightning_gr.models.RetrievalModul: no such class...you mean lightning_gr.models.RetrievalModule?",

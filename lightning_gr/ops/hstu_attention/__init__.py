@@ -6,8 +6,10 @@ P rows of the position table, N time buckets.
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from lightning_gr.ops.hstu_attention.reference import hstu_attention_reference
@@ -51,7 +53,7 @@ def hstu_attention(
         alpha: factor of the dot products; None means ``1 / sqrt(D)``.
         position_table_PH: bias by key position minus query position, clipped to the ``P = 2 n + 1`` rows.
         time_table_NH: bias by ``floor(ln(max(1, |query time - key time|)) / time_bucket_width)``, clipped to N - 1.
-        q_times_T: int64 time of each query; None means no time bias.
+        q_times_T: int64 time of each query, in seconds; None, together with `k_times_T`, means no time bias.
         k_times_T: int64 time of each key.
         time_bucket_width: width of a time bucket in natural-log seconds; 0.301 is Meta's.
         activation: `silu`, or `softmax` (SASRec), which ignores `scale`; a row that sees nothing gives 0.
@@ -63,18 +65,39 @@ def hstu_attention(
         (T, H, V), the dtype of the inputs.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree; the message names the argument and its value.
+        ValueError: shapes, dtypes or devices disagree; the message names the argument and its value. Under
+            ``LIGHTNING_GR_DEBUG=1`` also values on the device: offsets, and intervals that leave their sequence.
     """
     k_layout = q_layout if k_layout is None else k_layout
     _check(q_THD, k_THD, v_THV, q_layout, k_layout, mask, scale)
     for name, table in (("position_table_PH", position_table_PH), ("time_table_NH", time_table_NH)):
         if table is not None and (table.dim() != 2 or table.shape[1] != q_THD.shape[1] or table.shape[0] < 1):
             raise ValueError(f"{name}: expected (rows, {q_THD.shape[1]} heads), got shape {tuple(table.shape)}")
+        if table is not None and not table.is_floating_point():
+            raise ValueError(f"{name}: expected a floating dtype, got {table.dtype}")
     if position_table_PH is not None and position_table_PH.shape[0] % 2 == 0:
         raise ValueError(f"position_table_PH: expected an odd number of rows, got {position_table_PH.shape[0]}")
     for name, times, layout in (("q_times_T", q_times_T, q_layout), ("k_times_T", k_times_T, k_layout)):
         if times is not None and times.shape != (layout.num_tokens,):
             raise ValueError(f"{name}: expected {layout.num_tokens} times, got shape {tuple(times.shape)}")
+        if times is not None and times.dtype != torch.int64:
+            raise ValueError(f"{name}: expected int64 seconds, got {times.dtype}")
+    if (q_times_T is None) != (k_times_T is None):
+        missing, given = ("q_times_T", "k_times_T") if q_times_T is None else ("k_times_T", "q_times_T")
+        raise ValueError(f"{missing}=None: {given} is given; give both, or neither for no time bias")
+    _check_devices(
+        q_THD.device,
+        k_THD=k_THD,
+        v_THV=v_THV,
+        q_layout=q_layout.offsets_B1,
+        k_layout=k_layout.offsets_B1,
+        mask=mask.a_T,
+        scale=scale if isinstance(scale, Tensor) else None,
+        position_table_PH=position_table_PH,
+        time_table_NH=time_table_NH,
+        q_times_T=q_times_T,
+        k_times_T=k_times_T,
+    )
     if activation not in ("silu", "softmax"):
         raise ValueError(f"activation: expected 'silu' or 'softmax', got {activation!r}")
     if not 0 <= dropout < 1:
@@ -83,6 +106,10 @@ def hstu_attention(
         raise ValueError(f"backend: expected 'auto' or 'reference', got {backend!r}")
     if not time_bucket_width > 0:
         raise ValueError(f"time_bucket_width: expected a number above 0, got {time_bucket_width}")
+    if os.environ.get("LIGHTNING_GR_DEBUG") == "1":
+        q_layout.check_values("q_layout")
+        k_layout.check_values("k_layout")
+        mask.check_values(q_layout, k_layout)
     return hstu_attention_reference(
         q_THD,
         k_THD,
@@ -120,8 +147,6 @@ def _check(
             raise ValueError(f"{name}: expected {q_THD.shape[1]} heads like q_THD, got {tensor.shape[1]}")
         if tensor.dtype != q_THD.dtype or not tensor.is_floating_point():
             raise ValueError(f"{name}: expected the floating dtype of q_THD, {q_THD.dtype}, got {tensor.dtype}")
-        if tensor.device != q_THD.device:
-            raise ValueError(f"{name}: expected the device of q_THD, {q_THD.device}, got {tensor.device}")
     if k_THD.shape[2] != q_THD.shape[2]:
         raise ValueError(f"k_THD: expected width {q_THD.shape[2]} like q_THD, got {k_THD.shape[2]}")
     if k_layout.num_sequences != q_layout.num_sequences:
@@ -130,6 +155,12 @@ def _check(
         raise ValueError(f"mask: expected one row for each of {q_layout.num_tokens} queries, got {mask.a_T.shape[0]}")
     if isinstance(scale, Tensor) and scale.shape != (q_layout.num_sequences,):
         raise ValueError(f"scale: expected a number or {q_layout.num_sequences} numbers, got {tuple(scale.shape)}")
+
+
+def _check_devices(device: torch.device, **tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"{name}: expected the device of q_THD, {device}, got {tensor.device}")
 
 
 def attention_flops(num_visible_pairs: int, *, num_heads: int, qk_dim: int, v_dim: int) -> int:

@@ -6,7 +6,6 @@ T tokens, P positions, N time buckets.
 
 from __future__ import annotations
 
-import math
 from typing import Literal
 
 import torch
@@ -56,7 +55,7 @@ def hstu_attention_reference(
     logits = alpha * (q_BHQD @ k_BHKD.transpose(-1, -2))
     if position_table_PH is not None:
         rows_QK = position_buckets(q_layout.max_length, k_layout.max_length, position_table_PH.shape[0], q_THD.device)
-        logits = logits + position_table_PH[rows_QK].permute(2, 0, 1)
+        logits = logits + position_table_PH.to(logits.dtype).T[:, rows_QK]
     if time_table_NH is not None and q_times_T is not None and k_times_T is not None:
         rows_BQK = time_buckets(
             jagged_to_dense(q_times_T, q_layout),
@@ -64,7 +63,7 @@ def hstu_attention_reference(
             time_table_NH.shape[0],
             time_bucket_width,
         )
-        logits = logits + time_table_NH[rows_BQK].permute(0, 3, 1, 2)
+        logits = logits + time_table_NH.to(logits.dtype).T[:, rows_BQK].transpose(0, 1)
     visible_B1QK = mask.visible(q_layout, k_layout)[:, None]
     if activation == "silu":
         weights = F.silu(logits) * visible_B1QK
@@ -72,8 +71,8 @@ def hstu_attention_reference(
             scale = scale.to(weights.dtype)[:, None, None, None]
         weights = weights * scale
     else:
-        weights = torch.softmax(logits.masked_fill(~visible_B1QK, -math.inf), -1)
-        # A row that sees nothing is all -inf: its softmax is undefined and its output 0.
-        weights = torch.where(visible_B1QK.any(-1, keepdim=True), weights, 0.0)
+        # Not -inf: a row that sees nothing would hold NaN inside, which anomaly detection reports.
+        hidden = torch.finfo(logits.dtype).min
+        weights = torch.softmax(logits.masked_fill(~visible_B1QK, hidden), -1) * visible_B1QK
     weights = F.dropout(weights, dropout)
     return dense_to_jagged((weights @ v_BHKV).transpose(1, 2), q_layout)
