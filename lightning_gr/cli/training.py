@@ -25,6 +25,7 @@ from lightning_gr import __version__
 from lightning_gr._compat import child_processes
 from lightning_gr.cli.errors import USER_ERROR, UserError, one_line
 from lightning_gr.cli.parse_errors import boil, boil_config
+from lightning_gr.cli.quiet import quiet_library_noise
 from lightning_gr.cli.recipes import resolve_config
 from lightning_gr.substrate import fbgemm, version_of
 
@@ -33,6 +34,7 @@ _SECONDS_FOR_A_CHILD_TO_EXIT = 1.0
 
 def main(argv: Sequence[str]) -> int:
     """Parses, instantiates and runs; returns the exit code."""
+    quiet_library_noise()
     GRCLI(args=list(argv))
     return 0
 

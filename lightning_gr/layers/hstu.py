@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from typing_extensions import override
 
 from lightning_gr.ops.hstu_attention import attention_flops, hstu_attention
 from lightning_gr.ops.interval_mask import IntervalMask
@@ -76,6 +77,7 @@ class HSTULayer(nn.Module):
         )
         self.time_table_NH = nn.Parameter(torch.randn(time_buckets, num_heads) * _INIT_STD) if time_buckets else None
 
+    @override
     def forward(
         self,
         x_TD: Tensor,
@@ -98,7 +100,7 @@ class HSTULayer(nn.Module):
             scale=self.scale,
             position_table_PH=self.position_table_PH,
             time_table_NH=self.time_table_NH if times_T is not None else None,
-            q_times_T=request_times_T,
+            q_times_T=times_T if times_T is None or request_times_T is None else request_times_T,
             k_times_T=times_T,
             activation=self.activation,
             dropout=self.attention_dropout,
@@ -106,6 +108,9 @@ class HSTULayer(nn.Module):
         )
         gated = u * self.attention_norm(attended.flatten(1))
         out: Tensor = x_TD + self.output(F.dropout(gated, self.dropout, self.training))
+        if self.time_table_NH is not None and times_T is None:
+            # Keeps the unused table in the graph: DDP waits for the gradient of every parameter.
+            out = out + 0.0 * self.time_table_NH.sum()
         return out
 
 
@@ -152,9 +157,15 @@ class HSTUEncoder(nn.Module):
         scale: float | None = None,
     ) -> None:
         super().__init__()
-        sizes = {"dim": dim, "num_layers": num_layers, "num_heads": num_heads, "max_length": max_length}
-        for name, size in (sizes | {"time_buckets": time_buckets}).items():
-            if size < 1:
+        sizes: dict[str, int | None] = {
+            "dim": dim,
+            "num_layers": num_layers,
+            "num_heads": num_heads,
+            "max_length": max_length,
+        }
+        sizes |= {"time_buckets": time_buckets, "qk_dim": qk_dim, "v_dim": v_dim}
+        for name, size in sizes.items():
+            if size is not None and size < 1:
                 raise ValueError(f"{name}={size}: expected at least 1")
         if (qk_dim is None or v_dim is None) and dim % num_heads:
             raise ValueError(f"dim={dim}: not divisible by num_heads={num_heads}; change one, or give qk_dim and v_dim")
@@ -180,6 +191,7 @@ class HSTUEncoder(nn.Module):
             for _ in range(num_layers)
         )
 
+    @override
     def forward(
         self,
         x_TD: Tensor,
@@ -203,8 +215,12 @@ class HSTUEncoder(nn.Module):
             (T, D).
 
         Raises:
-            ValueError: a sequence is longer than `max_length`.
+            ValueError: a sequence is longer than `max_length`, or `x_TD` does not fit the layout and `dim`.
         """
+        if x_TD.shape != (layout.num_tokens, self.dim):
+            raise ValueError(
+                f"x_TD: expected ({layout.num_tokens} tokens, dim={self.dim}), got shape {tuple(x_TD.shape)}"
+            )
         if layout.max_length > self.max_length:
             raise ValueError(
                 f"max_length={self.max_length}: a sequence has {layout.max_length} tokens; raise the encoder's "
@@ -213,7 +229,6 @@ class HSTUEncoder(nn.Module):
         if self.position_PD is not None:
             x_TD = x_TD + self.position_PD[layout.position_T]
         x_TD = F.dropout(x_TD, self.dropout, self.training)
-        request_times_T = times_T if request_times_T is None else request_times_T
         for layer in self.layers:
             x_TD = layer(x_TD, layout=layout, mask=mask, times_T=times_T, request_times_T=request_times_T)
         return x_TD

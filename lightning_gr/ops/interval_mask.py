@@ -127,7 +127,9 @@ class IntervalMask:
         """
         rows_T4 = torch.stack([self.a_T, self.b_T, self.c_T, self.self_T.to(torch.int64)], 1)
         own_T2 = torch.stack([q_layout.position_T, _num_keys(q_layout, k_layout)], 1)
-        for i, ((a, b, c, sees_self), (own, num_keys)) in enumerate(zip(rows_T4.tolist(), own_T2.tolist(), strict=True)):
+        for i, ((a, b, c, sees_self), (own, num_keys)) in enumerate(
+            zip(rows_T4.tolist(), own_T2.tolist(), strict=True)
+        ):
             if not 0 <= a <= b <= c <= num_keys:
                 raise ValueError(
                     f"mask: row {i} has the intervals [0, {a}) and [{b}, {c}); expected 0 <= a <= b <= c <= {num_keys}, "
