@@ -88,6 +88,7 @@ class HSTULayer(nn.Module):
         request_times_T: Tensor | None = None,
     ) -> Tensor:
         """(T, D) to (T, D); see `HSTUEncoder.forward`."""
+        request_times_T = times_T if request_times_T is None else request_times_T
         v_width, qk_width = self.num_heads * self.v_dim, self.num_heads * self.qk_dim
         projected = F.silu(self.uvqk(self.input_norm(x_TD)))
         u, v, q, k = projected.split([v_width, v_width, qk_width, qk_width], dim=-1)
@@ -100,7 +101,7 @@ class HSTULayer(nn.Module):
             scale=self.scale,
             position_table_PH=self.position_table_PH,
             time_table_NH=self.time_table_NH if times_T is not None else None,
-            q_times_T=times_T if times_T is None or request_times_T is None else request_times_T,
+            q_times_T=request_times_T if times_T is not None else None,
             k_times_T=times_T,
             activation=self.activation,
             dropout=self.attention_dropout,
@@ -157,13 +158,8 @@ class HSTUEncoder(nn.Module):
         scale: float | None = None,
     ) -> None:
         super().__init__()
-        sizes: dict[str, int | None] = {
-            "dim": dim,
-            "num_layers": num_layers,
-            "num_heads": num_heads,
-            "max_length": max_length,
-        }
-        sizes |= {"time_buckets": time_buckets, "qk_dim": qk_dim, "v_dim": v_dim}
+        sizes: dict[str, int | None] = {"dim": dim, "num_layers": num_layers, "num_heads": num_heads}
+        sizes |= {"qk_dim": qk_dim, "v_dim": v_dim, "max_length": max_length, "time_buckets": time_buckets}
         for name, size in sizes.items():
             if size is not None and size < 1:
                 raise ValueError(f"{name}={size}: expected at least 1")

@@ -132,8 +132,8 @@ class IntervalMask:
         ):
             if not 0 <= a <= b <= c <= num_keys:
                 raise ValueError(
-                    f"mask: row {i} has the intervals [0, {a}) and [{b}, {c}); expected 0 <= a <= b <= c <= {num_keys}, "
-                    "the keys of its sequence"
+                    f"mask: row {i} has the intervals [0, {a}) and [{b}, {c}); expected 0 <= a <= b <= c <= "
+                    f"{num_keys}, the keys of its sequence"
                 )
             if sees_self and own >= num_keys:
                 raise ValueError(f"mask: row {i} sees its own column {own}; its sequence has {num_keys} keys")

@@ -119,6 +119,7 @@ def test_state_counts_the_batches_handed_out(num_workers: int) -> None:
         resumed.set_epoch(2)
         assert ids(resumed) == whole[done:]
         assert resumed.state_dict()["batches_done"] == len(whole)
+        assert ids(resumed) == whole  # the saved place counts once
         resumed.set_epoch(3)
         assert ids(resumed) == ids(make_with_epoch(3))
 

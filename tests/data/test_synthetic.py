@@ -105,15 +105,20 @@ def test_oracle_is_what_the_ideal_scorer_reaches(written: tuple[Path, Any], spli
     rows = {item: row for row, item in enumerate(sorted({item for events in users for item in events}))}
     held_out: dict[str, list[float]] = {"HR@10": [], "NDCG@10": []}
     sampled: dict[str, list[float]] = {"HR@10": [], "NDCG@10": []}
+    exact: dict[str, list[float]] = {"HR@10": [], "NDCG@10": []}
     for events in users:
         target, last, before = (rows[item] for item in reversed(events[-back - 2 : len(events) - back + 1]))
         scores = truth.probabilities(last, before)
         assert sum(scores) == pytest.approx(1.0)
+        top = sorted(scores, reverse=True)[:10]
+        exact["HR@10"].append(sum(top))
+        exact["NDCG@10"].append(sum(p / np.log2(rank + 1) for rank, p in enumerate(top, start=1)))
         for metrics, item in ((held_out, target), (sampled, truth.draw(last, before, rng))):
             rank = rank_by(scores, item)
             metrics["HR@10"].append(float(rank <= 10))
             metrics["NDCG@10"].append(1 / np.log2(rank + 1) if rank <= 10 else 0.0)
     for name, best in oracle[split].items():
+        assert np.mean(exact[name]) == pytest.approx(best, rel=1e-9)
         # Ranks among ties differ by a hair of probability; the sampling error is far wider.
         assert within_error(held_out[name], best)
         assert within_error(sampled[name], best)

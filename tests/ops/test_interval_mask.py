@@ -1,0 +1,152 @@
+"""Interval masks against the rule of each constructor, asked of every (query, key) pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from lightning_gr.ops.interval_mask import IntervalMask
+from lightning_gr.ops.jagged import JaggedLayout
+
+Rule = Callable[[int, int, int], bool]  # sequence, query position, key position
+
+
+def make(lengths: list[int]) -> JaggedLayout:
+    return JaggedLayout.from_lengths(torch.tensor(lengths, dtype=torch.int64))
+
+
+def counts(values: list[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def check(mask: IntervalMask, q_lengths: list[int], k_lengths: list[int], rule: Rule) -> None:
+    q_layout, k_layout = make(q_lengths), make(k_lengths)
+    wanted = torch.zeros(len(q_lengths), max(q_lengths, default=0), max(k_lengths, default=0), dtype=torch.bool)
+    for b, (queries, keys) in enumerate(zip(q_lengths, k_lengths, strict=True)):
+        for i in range(queries):
+            for j in range(keys):
+                wanted[b, i, j] = rule(b, i, j)
+    visible = mask.visible(q_layout, k_layout)
+    assert visible.dtype == torch.bool
+    assert torch.equal(visible, wanted)
+    assert mask.num_visible_B(q_layout, k_layout).tolist() == wanted.sum((1, 2)).tolist()
+    assert mask.num_visible_pairs(q_layout, k_layout) == int(wanted.sum())
+
+
+SEQUENCES = st.lists(st.integers(0, 6).flatmap(lambda n: st.tuples(st.just(n), st.integers(0, n))), max_size=5)
+
+
+@given(SEQUENCES)
+def test_causal(sequences: list[tuple[int, int]]) -> None:
+    lengths = [n for n, _ in sequences]
+    mask = IntervalMask.causal(make(lengths))
+    check(mask, lengths, lengths, lambda b, i, j: j <= i)
+    mask.check_values(make(lengths), make(lengths))
+
+
+@given(SEQUENCES)
+def test_contextual_prefix(sequences: list[tuple[int, int]]) -> None:
+    lengths, contextual = [n for n, _ in sequences], [m for _, m in sequences]
+    mask = IntervalMask.contextual_prefix(make(lengths), counts(contextual))
+    check(mask, lengths, lengths, lambda b, i, j: j <= i or j < contextual[b])
+    mask.check_values(make(lengths), make(lengths))
+
+
+@given(SEQUENCES)
+def test_candidates(sequences: list[tuple[int, int]]) -> None:
+    lengths, candidates = [n for n, _ in sequences], [m for _, m in sequences]
+
+    def sees(b: int, i: int, j: int) -> bool:
+        is_candidate = [position >= lengths[b] - candidates[b] for position in range(lengths[b])]
+        return i == j if is_candidate[j] else j <= i
+
+    mask = IntervalMask.candidates(make(lengths), counts(candidates))
+    check(mask, lengths, lengths, sees)
+    mask.check_values(make(lengths), make(lengths))
+
+
+@given(st.data())
+def test_any_intervals_with_keys_of_their_own(data: st.DataObject) -> None:
+    """Rows of any a, b, c and flag, overlapping or beyond the keys too: a pair is never counted twice."""
+    pairs = data.draw(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 6)), max_size=4))
+    q_lengths, k_lengths = [q for q, _ in pairs], [k for _, k in pairs]
+    row = st.tuples(st.lists(st.integers(0, 8), min_size=3, max_size=3).map(sorted), st.booleans())
+    rows = [[data.draw(row) for _ in range(q)] for q in q_lengths]
+    flat = [(*abc, own) for sequence in rows for abc, own in sequence]
+    columns = [list(column) for column in zip(*flat, strict=True)] if flat else [[], [], [], []]
+    mask = IntervalMask(*(counts(column) for column in columns[:3]), torch.tensor(columns[3], dtype=torch.bool))
+
+    def sees(b: int, i: int, j: int) -> bool:
+        (a, begin, end), own = rows[b][i]
+        return j in range(a) or j in range(begin, end) or (own and j == i)
+
+    check(mask, q_lengths, k_lengths, sees)
+
+
+def test_pairs_are_counted_on_the_host_from_a_layout_elsewhere() -> None:
+    elsewhere = JaggedLayout(counts([3, 0, 2]), torch.empty(4, dtype=torch.int64, device="meta"))
+    host = elsewhere.on_host()
+    assert IntervalMask.causal(host).num_visible_pairs(host, host) == 6 + 3
+
+
+@pytest.mark.parametrize(
+    ("number", "message"),
+    [
+        ([1, 3], r"\[1\]=3: expected 0 \.\.\. 2, the length of the sequence"),
+        ([-1, 0], r"\[0\]=-1: expected 0 \.\.\. 3"),
+        ([1], r": expected one int64 count a sequence on the CPU, shape \(2,\), got torch.int64 of shape \(1,\)"),
+        ([1.0, 1.0], r": expected one int64 count a sequence on the CPU, shape \(2,\), got torch.float32"),
+    ],
+)
+def test_impossible_counts_are_named(number: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match="^num_candidates_B" + message):
+        IntervalMask.candidates(make([3, 2]), torch.tensor(number))
+    with pytest.raises(ValueError, match="^num_contextual_B" + message):
+        IntervalMask.contextual_prefix(make([3, 2]), torch.tensor(number))
+
+
+def test_counts_on_a_device_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"num_candidates_B: .* on meta"):
+        IntervalMask.candidates(make([3]), torch.zeros(1, dtype=torch.int64, device="meta"))
+
+
+def test_fields_that_disagree_are_named() -> None:
+    two, flags = counts([1, 1]), torch.zeros(2, dtype=torch.bool)
+    with pytest.raises(
+        ValueError, match=r"IntervalMask\.c_T: expected one entry a query row, shape \(2,\), got \(1,\)"
+    ):
+        IntervalMask(two, two, counts([1]), flags)
+    with pytest.raises(ValueError, match=r"IntervalMask\.self_T: expected torch\.bool, got torch\.int64"):
+        IntervalMask(two, two, two, two)
+    with pytest.raises(ValueError, match=r"IntervalMask\.b_T: expected torch\.int64, got torch\.int32"):
+        IntervalMask(two, two.int(), two, flags)
+    with pytest.raises(ValueError, match=r"IntervalMask\.b_T: expected the device of a_T, cpu, got meta"):
+        IntervalMask(two, two.to("meta"), two, flags)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ((2, 1, 3, False), r"mask: row 1 has the intervals \[0, 2\) and \[1, 3\); expected 0 <= a <= b <= c <= 3"),
+        ((1, 3, 2, False), r"mask: row 1 has the intervals \[0, 1\) and \[3, 2\)"),
+        ((-1, 0, 0, False), r"mask: row 1 has the intervals \[0, -1\)"),
+        ((1, 2, 4, False), r"mask: row 1 .* <= 3, the keys of its sequence"),
+    ],
+)
+def test_bad_rows_are_named_in_debugging(row: tuple[int, int, int, bool], message: str) -> None:
+    a, b, c, own = row
+    mask = IntervalMask(counts([1, a]), counts([1, b]), counts([1, c]), torch.tensor([False, own]))
+    with pytest.raises(ValueError, match=message):
+        mask.check_values(make([2]), make([3]))
+
+
+def test_an_own_column_beyond_the_keys_is_named_in_debugging() -> None:
+    zeros = counts([0, 0])
+    mask = IntervalMask(zeros, zeros, zeros, torch.tensor([True, True]))
+    with pytest.raises(ValueError, match=r"mask: row 1 sees its own column 1; its sequence has 1 keys"):
+        mask.check_values(make([2]), make([1]))
