@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+_RESERVED_FOR_THE_DENSE_PART = 0.15
+
 Sharding = Literal["row_wise", "table_wise", "column_wise"]
 SparseOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd"]
 
@@ -54,6 +56,7 @@ def make_plan(module: nn.Module, *, sharding: Sharding, device: torch.device, nu
     from torchrec.distributed.embedding_types import EmbeddingComputeKernel
     from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
     from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+    from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
     from torchrec.distributed.types import ShardingPlan
 
     sharders: list[Any] = [EmbeddingCollectionSharder(), EmbeddingBagCollectionSharder()]
@@ -73,6 +76,8 @@ def make_plan(module: nn.Module, *, sharding: Sharding, device: torch.device, nu
         topology=Topology(
             world_size=dist.get_world_size(), compute_device=device.type, local_world_size=max(num_local, 1)
         ),
+        # The default reservation guesses the dense part's memory and is deprecated for guessing badly.
+        storage_reservation=FixedPercentageStorageReservation(percentage=_RESERVED_FOR_THE_DENSE_PART),
         constraints=constraints,
     )
     group = dist.group.WORLD

@@ -77,7 +77,7 @@ def _synthetic_log(out: Path, console: Any) -> tuple[Path, dict[str, Any]]:
 
     path = out / "events.csv"
     console.print(f"Writing a synthetic event log to {path} ...", highlight=False)
-    console.print(f"  {write_synthetic_log(path, num_users=3000, num_items=1000, seed=0)}", highlight=False)
+    console.print(f"  {write_synthetic_log(path, num_users=3000, num_items=500, seed=0)}", highlight=False)
     return path, json.loads(path.with_suffix(".oracle.json").read_text())
 
 

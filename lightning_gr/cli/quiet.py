@@ -18,6 +18,7 @@ _WARNINGS = (
     ".*does not have many workers",  # Lightning; planned loaders collate fast enough in-process
 )
 _LOGGERS = ("torch.fx._symbolic_trace", "torchrec")
+_ADVERTS = ("litlogger", "litmodels")  # Lightning's tips of its own paid services
 
 
 def quiet_library_noise() -> None:
@@ -26,3 +27,8 @@ def quiet_library_noise() -> None:
         warnings.filterwarnings("ignore", message=message)
     for name in _LOGGERS:
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advert)
+
+
+def _is_no_advert(record: logging.LogRecord) -> bool:
+    return not any(word in str(record.msg) for word in _ADVERTS)
