@@ -96,6 +96,7 @@ def _overlay(out: Path, log: Path, devices: int, epochs: int | None) -> Path:
     }
     if epochs is not None:
         trainer["max_epochs"] = epochs
+        trainer["check_val_every_n_epoch"] = 1  # a checkpoint needs a validation, and one epoch must have one
     path = out / "demo.yaml"
     # JSON is YAML; the demo needs no second parser.
     path.write_text(json.dumps({"trainer": trainer, "data": {"init_args": {"path": str(log)}}}, indent=2) + "\n")

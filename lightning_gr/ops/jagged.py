@@ -51,7 +51,7 @@ class JaggedLayout:
         if lengths_B.numel() and int(lengths_B.min()) < 0:
             raise ValueError(f"lengths_B: expected lengths >= 0, got {int(lengths_B.min())}")
         offsets_B1 = torch.zeros(lengths_B.numel() + 1, dtype=torch.int64)
-        torch.cumsum(lengths_B, 0, out=offsets_B1[1:])
+        offsets_B1[1:] = lengths_B.flatten().cumsum(0)
         return cls(lengths_B, offsets_B1.to(device, non_blocking=True))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> JaggedLayout:
