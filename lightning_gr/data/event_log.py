@@ -1,0 +1,63 @@
+"""EventLog: what reading a log needs to know of it, whoever published it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import polars as pl
+
+
+@dataclass(frozen=True)
+class Features:
+    """Features of users or of items, one row an id.
+
+    Args:
+        frame: loads them.
+        key: column of the id, as the log spells it.
+        sparse: categorical columns, scalars or lists of whole numbers or strings.
+        dense: numeric columns.
+    """
+
+    frame: Callable[[], pl.DataFrame]
+    key: str
+    sparse: tuple[str, ...] = ()
+    dense: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class EventLog:
+    """An event log in files: how each is scanned, and what its columns mean.
+
+    Args:
+        form: who publishes such logs, for messages: `csv`, `kuairand`, ...
+        files: read in this order.
+        scan: a file to a lazy table of raw columns; cells may still be text.
+        user_id: column of the user.
+        item_id: column of the item.
+        timestamp: column of the time; None means that the order of the log is the order of time.
+        sparse: categorical columns of an event.
+        dense: numeric columns of an event.
+        labels: columns that tasks predict; a missing value or NaN is no label.
+        row: column with the line number in the file, counted from 1, where `scan` makes one.
+        first_row: line number of a file's first event, where it does not; 2 under a header.
+        users: features of users.
+        items: features of items.
+    """
+
+    form: str
+    files: tuple[Path, ...]
+    scan: Callable[[Path], pl.LazyFrame]
+    user_id: str = "user_id"
+    item_id: str = "item_id"
+    timestamp: str | None = "timestamp"
+    sparse: tuple[str, ...] = ()
+    dense: tuple[str, ...] = ()
+    labels: tuple[str, ...] = ()
+    row: str | None = None
+    first_row: int = 1
+    users: Features | None = None
+    items: Features | None = None
