@@ -1,10 +1,11 @@
-"""SequenceDataModule: from the path of an event log to planned batches of every split."""
+"""SequenceDataModule: from the path of an event store or log to planned batches of every split."""
 
 from __future__ import annotations
 
 import logging
 import os
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
@@ -12,11 +13,13 @@ import numpy as np
 from lightning.pytorch.loops.loop import _Loop
 from typing_extensions import override
 
+from lightning_gr.data.event_store import EventStore, is_store
 from lightning_gr.data.interactions import Interactions
 from lightning_gr.data.loader import PlannedLoader
 from lightning_gr.data.plan import GlobalBatchPlan
 from lightning_gr.data.readers import LogFormat, read_events
-from lightning_gr.data.source import RetrievalSource, Split
+from lightning_gr.data.source import LongHistories, RetrievalSource
+from lightning_gr.data.splits import Part, Split
 from lightning_gr.substrate import require_torchrec
 
 if TYPE_CHECKING:
@@ -41,15 +44,21 @@ def _leave_finished_epoch(trainer: pl.Trainer) -> None:
 
 
 class SequenceDataModule(pl.LightningDataModule):
-    """Reads an event log, splits it leave-one-out, and gives every rank its share of planned global batches.
+    """Splits an event store or log and gives every rank its share of planned global batches.
 
     Args:
-        path: the log; see `lightning_gr.data.read_events` for the forms.
-        format: form of the log; `auto` looks at its content.
+        path: a store that `lightning-gr prepare` made, or a small log, which is read into memory; see
+            `lightning_gr.data.read_events` for its forms.
+        format: form of a log; `auto` looks at its content.
         global_tokens: token budget of a global training batch, on all ranks together, so that training does not depend
             on their number.
         eval_global_tokens: the same for validation, test and predict; None means `global_tokens`.
-        max_length: longest history in tokens; longer ones keep the most recent.
+        max_length: longest sample in tokens.
+        long_histories: in training, `truncate` keeps the most recent `max_length` tokens of a longer history; `split`
+            makes further samples of the tokens before them.
+        split: what is held out: `LeaveOneOut` (where None), `ByTime` or `ByUser`.
+        features: further fields of the store's events and users that batches carry.
+        shuffle_window: users that are shuffled together after the row groups are; they are in memory at a time.
         num_workers: background processes that collate.
         seed: seed of the shuffle; None means the run's (`seed_everything`), or 0 where it has none.
         predict_from: whose next item `predict` ranks: after the whole history, or after the history of the test item.
@@ -73,12 +82,20 @@ class SequenceDataModule(pl.LightningDataModule):
         global_tokens: int = 8192,
         eval_global_tokens: int | None = None,
         max_length: int = 200,
+        long_histories: LongHistories = "truncate",
+        split: Split | None = None,
+        features: list[str] | None = None,
+        shuffle_window: int = 1 << 16,
         num_workers: int = 0,
         seed: int | None = None,
         predict_from: Literal["all", "test"] = "all",
     ) -> None:
         super().__init__()
-        settings = (("max_length", max_length, 1), ("num_workers", num_workers, 0))
+        settings = (
+            ("max_length", max_length, 1),
+            ("num_workers", num_workers, 0),
+            ("shuffle_window", shuffle_window, 1),
+        )
         for name, value, least in settings:
             if value < least:
                 raise ValueError(f"{name}={value}: expected at least {least}")
@@ -88,65 +105,77 @@ class SequenceDataModule(pl.LightningDataModule):
         self.global_tokens = global_tokens
         self.eval_global_tokens = global_tokens if eval_global_tokens is None else eval_global_tokens
         self.max_length, self.num_workers, self.seed = max_length, num_workers, seed
-        self.predict_from: Split = predict_from
-        self._interactions: Interactions | None = None
+        self.long_histories: LongHistories = long_histories
+        self.split, self.features, self.shuffle_window = split, tuple(features or ()), shuffle_window
+        self.predict_from: Literal["all", "test"] = predict_from
+        self._table: EventStore | Interactions | None = None
 
     @override
     def setup(self, stage: str | None = None) -> None:
         require_torchrec()
-        if self._interactions is not None:
+        if self._table is not None:
             return
-        self._interactions = Interactions.from_events(read_events(self.path, self.format))
-        lengths = np.diff(self._interactions.offsets)
+        if is_store(self.path) or Path(self.path).is_dir():
+            self._table = EventStore(self.path)
+        else:
+            self._table = Interactions.from_events(read_events(self.path, self.format))
+        lengths = self._table.lengths
         log.info(
-            "%s: %d users, %d items, %d events; %d users have fewer than 3 events and are not evaluated",
+            "%s: %d users, %d items, %d events; %d users have fewer than 3 events",
             self.path,
             len(lengths),
             self.num_items,
-            len(self._interactions.items),
+            int(lengths.sum(dtype=np.int64)),
             int((lengths < 3).sum()),
         )
 
     @property
-    def interactions(self) -> Interactions:
-        """The log as arrays; read on first use."""
-        if self._interactions is None:
+    def table(self) -> EventStore | Interactions:
+        """The store, or the log in memory; opened on first use."""
+        if self._table is None:
             self.setup()
-        assert self._interactions is not None
-        return self._interactions
+        assert self._table is not None
+        return self._table
 
     @property
     def num_items(self) -> int:
         """Items in the log."""
-        return self.interactions.num_items
+        return self.table.num_items
 
     @cached_property
     def item_ids(self) -> Sequence[Any]:
         """Raw item id of each row."""
-        ids: Sequence[Any] = self.interactions.item_ids.tolist()
+        ids: Sequence[Any] = self.table.item_ids.tolist()
         return ids
 
     @cached_property
     def users(self) -> Sequence[Any]:
         """Raw user id of each sample id."""
-        ids: Sequence[Any] = self.interactions.users.tolist()
+        ids: Sequence[Any] = self.table.users.tolist()
         return ids
 
     @property
     def fingerprint(self) -> str:
         """Digest of the log's content."""
-        return self.interactions.fingerprint
+        return self.table.fingerprint
 
-    def _loader(self, split: Split, name: str) -> PlannedLoader:
-        source = RetrievalSource(self.interactions, split=split, max_length=self.max_length)
+    def _loader(self, part: Part | Literal["all"], name: str) -> PlannedLoader:
+        source = RetrievalSource(
+            self.table,
+            part=part,
+            max_length=self.max_length,
+            split=self.split,
+            long_histories=self.long_histories,
+            features=self.features,
+        )
         train = name == "train"
         plan = GlobalBatchPlan(
-            token_counts=source.token_counts,
-            label_counts=source.label_counts,
+            source,
             global_tokens=self.global_tokens if train else self.eval_global_tokens,
             # Not torch's own seed, which a user may set differently on each rank.
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed,
             shuffle=train,
+            window_rows=self.shuffle_window,
             budget_name="global_tokens" if train else "eval_global_tokens",
         )
         trainer = self.trainer

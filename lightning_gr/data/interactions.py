@@ -1,13 +1,16 @@
-"""Interactions: every user's events in time order, as jagged arrays with items numbered by row."""
+"""Interactions: a log held in memory as jagged arrays with items numbered by row."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+from lightning_gr.data.event_table import UserRows
 
 if TYPE_CHECKING:
     import polars as pl
@@ -16,6 +19,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Interactions:
     """Events of U users; user u owns the events ``offsets[u] ... offsets[u + 1] - 1``, oldest first.
+
+    The `EventTable` of a log that was not prepared: one group of all users.
 
     Args:
         users: raw user ids (U,), ascending.
@@ -49,6 +54,34 @@ class Interactions:
     def num_items(self) -> int:
         """Items that occur in the log."""
         return len(self.item_ids)
+
+    @property
+    def has_timestamps(self) -> bool:
+        """Whether events have times."""
+        return self.timestamps is not None
+
+    @cached_property
+    def lengths(self) -> np.ndarray[Any, Any]:
+        """int64 events of each user."""
+        return np.diff(self.offsets)
+
+    @cached_property
+    def group_bounds(self) -> np.ndarray[Any, Any]:
+        """One group of all users."""
+        return np.array([0, len(self.users)] if len(self.users) else [0], dtype=np.int64)
+
+    def read_group(self, group: int, columns: Sequence[str] = ()) -> UserRows:
+        """All users.
+
+        Raises:
+            ValueError: a field is asked for; a log in memory has none.
+        """
+        if columns:
+            raise ValueError(
+                f"features={list(columns)}: a log read directly has none; make a store with `lightning-gr prepare`"
+            )
+        assert group == 0
+        return UserRows(offsets=self.offsets, items=self.items, timestamps=self.timestamps)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -41,7 +41,7 @@ class PlannedLoader:
         num_workers: int = 0,
         name: str = "train",
     ) -> None:
-        num_samples = len(source.token_counts)
+        num_samples = plan.num_samples
         if num_samples == 0:
             raise ValueError(
                 f"{name} split: no samples; evaluation takes users with at least 3 events, training histories of 2"
@@ -104,6 +104,7 @@ class PlannedLoader:
         return {
             "seed": self._plan.seed,
             "global_tokens": self._plan.global_tokens,
+            "shuffle_window": self._plan.window_rows,
             "data": self._source.fingerprint,
         }
 
@@ -139,6 +140,7 @@ class _PlannedBatches(torch.utils.data.Dataset[SequenceBatch]):
     def __getitem__(self, batch: int) -> SequenceBatch:
         return self._source.collate(
             self._plan.rank_samples(batch, rank=self._rank, world_size=self._world_size),
+            windows=self._plan.windows(batch),
             epoch=self._epoch,
             denominators=self._plan.denominators(batch, accumulate=self._accumulate),
             gradient_divisor=float(self._world_size * self._accumulate),

@@ -5,111 +5,297 @@ Shape suffixes: B sequences, T tokens of all sequences together.
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+from typing_extensions import override
 
 from lightning_gr.batch import PADDING_SAMPLE_ID, Labels, SequenceBatch, TokenKind
-from lightning_gr.data.interactions import Interactions
+from lightning_gr.data.event_table import EventTable, UserRows
+from lightning_gr.data.plan import SampleIndex
+from lightning_gr.data.splits import LeaveOneOut, Part, Split
 
-Split = Literal["train", "val", "test", "all"]
+LongHistories = Literal["truncate", "split"]
 Array = np.ndarray[Any, Any]
+_WINDOWS_IN_MEMORY = 2
 
 
-class SequenceSource(Protocol):
-    """Samples by index. Lengths and label counts are known without reading the samples."""
+class SequenceSource(SampleIndex, Protocol):
+    """Samples by id. Lengths and label counts are known without reading the samples."""
 
     fingerprint: str
     """Identifies the content and how it was cut into samples."""
-    token_counts: Array
-    """int64 tokens of each sample."""
-    label_counts: dict[str, Array]
-    """By task, the labelled tokens of each sample."""
 
     def collate(
-        self, indices: Array, *, epoch: int, denominators: dict[str, float], gradient_divisor: float
+        self,
+        sample_ids: Array,
+        *,
+        windows: Sequence[tuple[int, ...]],
+        epoch: int,
+        denominators: dict[str, float],
+        gradient_divisor: float,
     ) -> SequenceBatch:
-        """The batch of these samples; no index gives one padding sequence of length 0 without labels."""
+        """The batch of these samples; none gives one padding sequence of length 0 without labels.
+
+        Args:
+            sample_ids: the samples.
+            windows: groups of rows to be held in memory together, which hold all the samples.
+            epoch: epoch the batch belongs to.
+            denominators: by task, the labels of the whole global batch.
+            gradient_divisor: what engines divide the gradient by.
+        """
         ...
 
 
-class RetrievalSource:
-    """Next-item samples of one leave-one-out split, one a user.
+@dataclass(frozen=True)
+class _Window:
+    """Groups read together: where each begins, in store rows and among the rows read."""
 
-    The last event of a user with at least three is the test target, the one before it the validation target; what
-    comes before a target is its history. In training every token predicts the next event before those two. Users with
-    fewer events are trained on and not evaluated. Histories keep the most recent `max_length` tokens.
+    first_rows: Array
+    starts: Array
+    ends: Array
+    rows: UserRows
+
+    def locate(self, rows: Array) -> tuple[Array, Array]:
+        """For each row whether it is here, and at which place."""
+        slot = np.searchsorted(self.first_rows, rows, side="right") - 1
+        here = (slot >= 0) & (rows < self.ends[slot])
+        return here, self.starts[slot] + rows - self.first_rows[slot]
+
+
+class RetrievalSource(SequenceSource):
+    """Next-item samples of one part of a split.
 
     Args:
-        interactions: the log.
-        split: `train`, `val`, `test`, or `all`: whole histories without labels.
-        max_length: longest history in tokens.
+        table: the log.
+        part: `train`, `val`, `test`, or `all`: whole histories without labels.
+        max_length: longest sample in tokens.
+        split: what is trained on and what is held out; None means `LeaveOneOut`.
+        long_histories: in training, `truncate` keeps the most recent `max_length` tokens; `split` makes further samples
+            of the tokens before them. Elsewhere the most recent tokens are kept.
+        features: further fields of events and users for the batch, where the table is a store.
+
+    Raises:
+        ValueError: a setting that cannot work, by name.
     """
 
     TASK = "next_item"
 
-    def __init__(self, interactions: Interactions, *, split: Split, max_length: int) -> None:
-        self._interactions = interactions
-        self._split = split
-        begins, ends = interactions.offsets[:-1], interactions.offsets[1:]
-        evaluated = ends - begins >= 3
-        if split == "train":
-            # The last token predicts the last training event and is itself the one before it.
-            last = np.where(evaluated, ends - 4, ends - 2)
-            kept = last >= begins
-        elif split == "all":
-            last, kept = ends - 1, ends > begins
-        else:
-            last = ends - (2 if split == "test" else 3)
-            kept = evaluated
-        self._users = np.flatnonzero(kept)
-        last, begins = last[kept], begins[kept]
-        self.token_counts = np.minimum(last - begins + 1, max_length)
-        self._first = last - self.token_counts + 1
-        counts = self.token_counts if split == "train" else np.ones_like(self.token_counts)
-        self.label_counts: dict[str, Array] = {} if split == "all" else {self.TASK: counts}
-        self.fingerprint = f"{interactions.fingerprint}-{split}-{max_length}"
+    def __init__(
+        self,
+        table: EventTable,
+        *,
+        part: Part | Literal["all"],
+        max_length: int,
+        split: Split | None = None,
+        long_histories: LongHistories = "truncate",
+        features: Sequence[str] = (),
+    ) -> None:
+        if long_histories not in ("truncate", "split"):
+            raise ValueError(f"long_histories={long_histories!r}: expected truncate or split")
+        self._table, self._part, self._max_length = table, part, max_length
+        self._split: Split = split or LeaveOneOut()
+        self._cuts = part == "train" and long_histories == "split"
+        self._features = tuple(features)
+        if features:
+            table.read_group(0, self._features)
+        self._kinds = {field.name: field for field in getattr(table, "fields", ())}
+        self.num_rows = len(table.lengths)
+        self.group_bounds = table.group_bounds
+        self.tasks: tuple[str, ...] = () if part == "all" else (self.TASK,)
+        self.fingerprint = f"{table.fingerprint}-{part}-{max_length}-{self._split.identity()}" + "-cut" * self._cuts
+        self._windows: OrderedDict[tuple[int, ...], _Window] = OrderedDict()
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_windows": OrderedDict()}
+
+    # ---- what a plan asks --------------------------------------------------------------------------------------
+
+    def _spans(self, rows: Array) -> tuple[Array, Array]:
+        if self._part != "all":
+            return self._split.spans(self._table, self._part, rows)
+        lengths = self._table.lengths[rows].astype(np.int64)
+        return lengths - 1, lengths
+
+    @override
+    def samples(self, first_row: int, last_row: int) -> tuple[Array, Array]:
+        last_token, asking = self._spans(np.arange(first_row, last_row))
+        tokens = last_token + 1
+        if self._part not in ("train", "all"):
+            tokens = np.where(asking > last_token, 0, tokens)
+        rows = np.flatnonzero(tokens > 0)
+        tokens = tokens[rows]
+        if not self._cuts:
+            return rows + first_row, np.minimum(tokens, self._max_length)
+        pieces = -(-tokens // self._max_length)
+        # Piece 0 is the most recent, so that cutting only adds samples to truncating.
+        piece = np.arange(int(pieces.sum())) - np.repeat(np.cumsum(pieces) - pieces, pieces)
+        counts = np.minimum(np.repeat(tokens, pieces) - piece * self._max_length, self._max_length)
+        return np.repeat(rows + first_row, pieces) + piece * self.num_rows, counts
+
+    @override
+    def token_counts(self, sample_ids: Array) -> Array:
+        first, last, _ = self._tokens_of(sample_ids)
+        return last - first + 1
+
+    @override
+    def label_counts(self, sample_ids: Array) -> dict[str, Array]:
+        if not self.tasks:
+            return {}
+        first, last, asking = self._tokens_of(sample_ids)
+        return {self.TASK: last - np.maximum(first, asking) + 1}
+
+    def _tokens_of(self, sample_ids: Array) -> tuple[Array, Array, Array]:
+        """First and last token of each sample and the first that asks, as places in the user's history."""
+        last, asking = self._spans(sample_ids % max(self.num_rows, 1))
+        last = last - sample_ids // max(self.num_rows, 1) * self._max_length
+        return np.maximum(last - self._max_length + 1, 0), last, asking
+
+    # ---- batches -----------------------------------------------------------------------------------------------
+
+    def _window(self, groups: tuple[int, ...]) -> _Window:
+        if groups in self._windows:
+            self._windows.move_to_end(groups)
+            return self._windows[groups]
+        while len(self._windows) >= _WINDOWS_IN_MEMORY:
+            self._windows.popitem(last=False)
+        groups_up = sorted(groups)
+        rows = UserRows.concatenate([self._table.read_group(group, self._features) for group in groups_up])
+        bounds = self._table.group_bounds
+        first_rows, ends = bounds[groups_up], bounds[np.array(groups_up) + 1]
+        sizes = ends - first_rows
+        window = _Window(first_rows, np.cumsum(sizes) - sizes, ends, rows)
+        self._windows[groups] = window
+        return window
+
+    @override
     def collate(
-        self, indices: Array, *, epoch: int, denominators: dict[str, float], gradient_divisor: float
+        self,
+        sample_ids: Array,
+        *,
+        windows: Sequence[tuple[int, ...]],
+        epoch: int,
+        denominators: dict[str, float],
+        gradient_divisor: float,
     ) -> SequenceBatch:
-        """See `SequenceSource.collate`."""
-        from torchrec import KeyedJaggedTensor
-
-        log = self._interactions
-        lengths_B, first_B = self.token_counts[indices], self._first[indices]
+        first_B, last_B, asking_B = self._tokens_of(sample_ids)
+        lengths_B = last_B - first_B + 1
+        user_rows, places_B = self._user_rows(sample_ids, windows)
         ends_B = np.cumsum(lengths_B)
+        starts_B = ends_B - lengths_B
         total = int(ends_B[-1]) if len(ends_B) else 0
-        event_T = np.arange(total) + np.repeat(first_B - (ends_B - lengths_B), lengths_B)
+        position_T = np.arange(total)
+        event_T = position_T + np.repeat(user_rows.offsets[places_B] + first_B - starts_B, lengths_B)
         labels: dict[str, Labels] = {}
-        if self._split != "all":
-            tokens = np.arange(total) if self._split == "train" else ends_B - 1
-            labels[self.TASK] = Labels(torch.from_numpy(log.items[event_T[tokens] + 1]), torch.from_numpy(tokens))
+        if self.tasks:
+            asks_T = position_T >= np.repeat(starts_B + np.maximum(asking_B - first_B, 0), lengths_B)
+            tokens = np.flatnonzero(asks_T)
+            labels[self.TASK] = Labels(_tensor(user_rows.items[event_T[tokens] + 1]), torch.from_numpy(tokens))
         times_T = request_times_T = None
-        if log.timestamps is not None:
-            times_T = torch.from_numpy(log.timestamps[event_T])
+        if user_rows.timestamps is not None:
+            times_T = _tensor(user_rows.timestamps[event_T])
             # Nobody knows when a whole history goes on: its last token asks at its own time.
-            last_T = np.isin(np.arange(total), ends_B - 1) if self._split == "all" else np.zeros(total, dtype=bool)
-            request_times_T = torch.from_numpy(log.timestamps[np.where(last_T, event_T, event_T + 1)])
-        if not len(indices):
-            lengths_B, samples_B = np.zeros(1, dtype=np.int64), np.array([PADDING_SAMPLE_ID])
-        else:
-            samples_B = self._users[indices]
+            next_T = event_T + 1
+            if self._part == "all":
+                next_T[ends_B - 1] -= 1
+            request_times_T = _tensor(user_rows.timestamps[next_T])
+        ids = {"item_id": (user_rows.items[event_T], lengths_B)}
+        dense: dict[str, torch.Tensor] = {}
+        for name in self._features:
+            values, lengths = self._feature(user_rows, name, event_T, lengths_B, places_B)
+            if self._kinds[name].kind == "sparse":
+                ids[name] = (values, lengths)
+            else:
+                dense[name] = torch.from_numpy(values.astype(np.float32))
+        if not len(sample_ids):
+            ids = {name: (values, np.zeros(1, dtype=np.int64)) for name, (values, _) in ids.items()}
+            sample_ids, lengths_B = np.array([PADDING_SAMPLE_ID]), np.zeros(1, dtype=np.int64)
+            for name in self._features:
+                if name in dense and self._kinds[name].per == "user":
+                    dense[name] = torch.zeros(1)
         counts_B4 = torch.zeros(len(lengths_B), 4, dtype=torch.int64)
         counts_B4[:, TokenKind.REALTIME] = torch.from_numpy(lengths_B)
         return SequenceBatch(
-            features=KeyedJaggedTensor(
-                keys=["item_id"],
-                values=torch.from_numpy(log.items[event_T]),
-                lengths=torch.from_numpy(lengths_B.astype(np.int64)),
-            ),
+            features=_keyed_jagged(ids),
             token_counts_B4=counts_B4,
-            sample_ids_B=torch.from_numpy(samples_B.astype(np.int64)),
+            sample_ids_B=torch.from_numpy(sample_ids.astype(np.int64)),
             labels=labels,
             denominators=denominators,
             gradient_divisor=gradient_divisor,
             epoch=epoch,
             timestamps_T=times_T,
             request_timestamps_T=request_times_T,
+            dense=dense,
         )
+
+    def _user_rows(self, sample_ids: Array, windows: Sequence[tuple[int, ...]]) -> tuple[UserRows, Array]:
+        """Rows in memory that hold the samples, and each sample's place among them."""
+        rows = sample_ids % max(self.num_rows, 1)
+        held = [self._window(groups) for groups in windows]
+        if len(held) == 1:
+            here, places = held[0].locate(rows)
+            assert here.all(), "a plan names the windows of its samples"
+            return held[0].rows, places
+        # A batch on the seam of two windows takes its own users out of both.
+        parts, places = [], np.zeros(len(rows), dtype=np.int64)
+        taken = 0
+        for window in held:
+            here, at = window.locate(rows)
+            parts.append(_take(window.rows, at[here]))
+            places[here] = taken + np.arange(int(here.sum()))
+            taken += int(here.sum())
+        assert taken == len(rows), "a plan names the windows of its samples"
+        if not parts:
+            parts = [_take(self._window((0,)).rows, places)]
+        return UserRows.concatenate(parts), places
+
+    def _feature(
+        self, rows: UserRows, name: str, event_T: Array, lengths_B: Array, places_B: Array
+    ) -> tuple[Array, Array]:
+        if name in rows.event_fields:
+            return rows.event_fields[name][event_T], lengths_B
+        values, offsets = rows.user_fields[name]
+        at, lengths = _spread(offsets, places_B)
+        return values[at], lengths
+
+
+def _spread(offsets: Array, places: Array) -> tuple[Array, Array]:
+    """Where the values of some rows lie, row after row, and how many each has."""
+    lengths = offsets[places + 1] - offsets[places]
+    ends = np.cumsum(lengths)
+    total = int(ends[-1]) if len(ends) else 0
+    return np.arange(total) + np.repeat(offsets[places] - (ends - lengths), lengths), lengths
+
+
+def _take(rows: UserRows, places: Array) -> UserRows:
+    """Some of the users."""
+    at, lengths = _spread(rows.offsets, places)
+    fields = {}
+    for name, (values, offsets) in rows.user_fields.items():
+        of_field, counts = _spread(offsets, places)
+        fields[name] = (values[of_field], np.concatenate([[0], np.cumsum(counts)]))
+    return UserRows(
+        offsets=np.concatenate([[0], np.cumsum(lengths)]),
+        items=rows.items[at],
+        timestamps=None if rows.timestamps is None else rows.timestamps[at],
+        event_fields={name: values[at] for name, values in rows.event_fields.items()},
+        user_fields=fields,
+    )
+
+
+def _tensor(values: Array) -> torch.Tensor:
+    return torch.from_numpy(values.astype(np.int64, copy=False))
+
+
+def _keyed_jagged(ids: dict[str, tuple[Array, Array]]) -> Any:
+    from torchrec import KeyedJaggedTensor
+
+    return KeyedJaggedTensor(
+        keys=list(ids),
+        values=torch.cat([_tensor(values) for values, _ in ids.values()]),
+        lengths=torch.cat([_tensor(lengths) for _, lengths in ids.values()]),
+    )

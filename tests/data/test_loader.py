@@ -17,7 +17,7 @@ def make_source(num_users: int = 30, seed: int = 0) -> RetrievalSource:
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     events = np.arange(offsets[-1])
     log = Interactions(np.arange(num_users), offsets, events, events * 60, events)
-    return RetrievalSource(log, split="train", max_length=10)
+    return RetrievalSource(log, part="train", max_length=10)
 
 
 def make_loader(
@@ -25,8 +25,7 @@ def make_loader(
 ) -> PlannedLoader:
     source = source or make_source()
     plan = GlobalBatchPlan(
-        token_counts=source.token_counts,
-        label_counts=source.label_counts,
+        source,
         global_tokens=global_tokens,
         seed=seed,
         shuffle=True,

@@ -151,7 +151,8 @@ def test_the_state_is_read_without_pickled_objects(log_file: Path, tmp_path: Pat
     fit(data, Save(tmp_path), max_epochs=1)
     state = torch.load(tmp_path / "batch-2.ckpt", weights_only=True)["loops"]["fit_loop"]["state_dict"]
     (loader,) = state["combined_loader"]
-    plan = {"seed": 1, "global_tokens": 48, "data": f"{data.fingerprint}-train-200"}
+    identity = f"{data.fingerprint}-train-200-leave-one-out"
+    plan = {"seed": 1, "global_tokens": 48, "shuffle_window": 1 << 16, "data": identity}
     assert loader == {"epoch": 0, "batches_done": 2} | plan
 
 

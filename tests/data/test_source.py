@@ -52,10 +52,15 @@ def expected_samples(log: Interactions, split: str, max_length: int) -> dict[int
 
 
 def collate(source: RetrievalSource, indices: list[int], **changes: Any) -> Any:
-    numbers = np.array(indices, dtype=np.int64)
-    denominators = {task: float(counts[numbers].sum()) for task, counts in source.label_counts.items()}
+    """The batch of the samples at some places of the source's list."""
+    numbers = ids_of(source)[np.array(indices, dtype=np.int64)]
+    denominators = {task: float(counts.sum()) for task, counts in source.label_counts(numbers).items()}
     given_: dict[str, Any] = {"epoch": 0, "denominators": denominators, "gradient_divisor": 1.0} | changes
-    return source.collate(numbers, **given_)
+    return source.collate(numbers, windows=[tuple(range(len(source.group_bounds) - 1))], **given_)
+
+
+def ids_of(source: RetrievalSource) -> np.ndarray[Any, Any]:
+    return source.samples(0, source.num_rows)[0]
 
 
 @settings(deadline=None)
@@ -64,15 +69,16 @@ def test_batches_hold_what_plain_lists_say(
     lengths: list[int], split: Any, max_length: int, times: bool, random: Any
 ) -> None:
     log = make_log(lengths, times)
-    source = RetrievalSource(log, split=split, max_length=max_length)
+    source = RetrievalSource(log, part=split, max_length=max_length)
     expected = expected_samples(log, split, max_length)
-    assert len(source.token_counts) == len(expected)
-    assert source.token_counts.tolist() == [len(history) for history, _ in expected.values()]
-    assert source.token_counts.dtype == np.int64
+    ids, counts = source.samples(0, source.num_rows)
+    assert ids.tolist() == list(expected)
+    assert counts.tolist() == [len(history) for history, _ in expected.values()]
+    assert source.token_counts(ids).tolist() == counts.tolist()
     if split == "all":
-        assert source.label_counts == {}
+        assert source.label_counts(ids) == {}
     else:
-        assert source.label_counts["next_item"].tolist() == [len(labels) for _, labels in expected.values()]
+        assert source.label_counts(ids)["next_item"].tolist() == [len(labels) for _, labels in expected.values()]
     indices = list(range(len(expected)))
     random.shuffle(indices)
     batch = collate(source, indices)
@@ -115,8 +121,8 @@ def test_nothing_leaks_and_nothing_is_lost(lengths: list[int], max_length: int) 
     seen: dict[str, Counter[int]] = {}
     targets: dict[str, Counter[int]] = {}
     for split in SPLITS:
-        source = RetrievalSource(log, split=split, max_length=max_length)
-        batch = collate(source, list(range(len(source.token_counts))))
+        source = RetrievalSource(log, part=split, max_length=max_length)
+        batch = collate(source, list(range(len(ids_of(source)))))
         seen[split] = Counter(batch.features.values().tolist())
         targets[split] = Counter(batch.labels["next_item"].values_N.tolist() if batch.labels else [])
     evaluated = [user for user in range(len(lengths)) if lengths[user] >= 3]
@@ -129,11 +135,11 @@ def test_nothing_leaks_and_nothing_is_lost(lengths: list[int], max_length: int) 
     assert not set(seen["test"]) & test
     assert all(count == 1 for part in (seen, targets) for split in SPLITS for count in part[split].values())
     # With room for whole histories every event is used.
-    whole = RetrievalSource(log, split="all", max_length=100)
-    batch = collate(whole, list(range(len(whole.token_counts))))
+    whole = RetrievalSource(log, part="all", max_length=100)
+    batch = collate(whole, list(range(len(ids_of(whole)))))
     assert Counter(batch.features.values().tolist()) == Counter(log.items.tolist())
-    train = RetrievalSource(log, split="train", max_length=100)
-    batch = collate(train, list(range(len(train.token_counts))))
+    train = RetrievalSource(log, part="train", max_length=100)
+    batch = collate(train, list(range(len(ids_of(train)))))
     used = set(batch.features.values().tolist()) | set(batch.labels["next_item"].values_N.tolist())
     alone = {
         int(log.offsets[user])
@@ -145,19 +151,19 @@ def test_nothing_leaks_and_nothing_is_lost(lengths: list[int], max_length: int) 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_no_index_gives_one_padding_sequence(split: Any) -> None:
-    source = RetrievalSource(make_log([5, 4]), split=split, max_length=8)
-    batch = collate(source, [], epoch=3, gradient_divisor=4.0, denominators=dict.fromkeys(source.label_counts, 7.0))
+    source = RetrievalSource(make_log([5, 4]), part=split, max_length=8)
+    batch = collate(source, [], epoch=3, gradient_divisor=4.0, denominators=dict.fromkeys(source.tasks, 7.0))
     assert batch.sample_ids_B.tolist() == [PADDING_SAMPLE_ID]
     assert batch.token_counts_B4.tolist() == [[0, 0, 0, 0]]
     assert (batch.num_tokens, batch.num_samples, batch.epoch, batch.gradient_divisor) == (0, 0, 3, 4.0)
     assert batch.features.values().dtype == torch.int64
     assert all(labels.num_labels == 0 for labels in batch.labels.values())
-    assert batch.labels.keys() == batch.denominators.keys() == source.label_counts.keys()
+    assert batch.labels.keys() == batch.denominators.keys() == set(source.tasks)
 
 
 def test_fingerprint_names_log_split_and_cut() -> None:
     sources = [
-        RetrievalSource(make_log(lengths), split=split, max_length=max_length)
+        RetrievalSource(make_log(lengths), part=split, max_length=max_length)
         for lengths in ([5, 4], [4, 5])
         for split in SPLITS
         for max_length in (2, 8)
