@@ -17,6 +17,7 @@ TRAINING = {
 }
 TOOLS = {
     "recipes": "ls, show NAME, cp NAME DEST: the shipped configurations",
+    "store": "check, info, index PATH: event stores",
     "demo": "train on two processes and show recommendations",
     "doctor": "what is installed, what fits together, what is missing",
 }
@@ -69,6 +70,10 @@ def _dispatch(args: list[str]) -> int:
         from lightning_gr.cli import recipes
 
         return recipes.main(args[1:])
+    if command == "store":
+        from lightning_gr.cli import store
+
+        return store.main(args[1:])
     if command == "demo":
         from lightning_gr.cli import demo
 

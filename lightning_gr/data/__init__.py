@@ -1,16 +1,49 @@
-"""From an event log to balanced batches."""
+"""From an event log to balanced batches. Names are imported on first use, so that stores open without torch."""
 
-from lightning_gr.data.datamodule import SequenceDataModule
-from lightning_gr.data.event_log import EventLog, Features
-from lightning_gr.data.event_store import EventStore, Field, StoreWriter, check_store
-from lightning_gr.data.event_table import EventTable, UserRows
-from lightning_gr.data.interactions import Interactions
-from lightning_gr.data.loader import PlannedLoader
-from lightning_gr.data.plan import ArraySamples, EpochPlan, GlobalBatchPlan, SampleIndex
-from lightning_gr.data.readers import read_events
-from lightning_gr.data.source import RetrievalSource, SequenceSource
-from lightning_gr.data.splits import ByTime, ByUser, LeaveOneOut, Split
-from lightning_gr.data.synthetic import SyntheticLog, write_synthetic_log
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_gr.data.datamodule import SequenceDataModule
+    from lightning_gr.data.event_log import EventLog, Features
+    from lightning_gr.data.event_store import EventStore, Field, StoreWriter, check_store
+    from lightning_gr.data.event_table import EventTable, UserRows
+    from lightning_gr.data.interactions import Interactions
+    from lightning_gr.data.loader import PlannedLoader
+    from lightning_gr.data.plan import ArraySamples, EpochPlan, GlobalBatchPlan, SampleIndex
+    from lightning_gr.data.readers import read_events
+    from lightning_gr.data.source import RetrievalSource, SequenceSource
+    from lightning_gr.data.splits import ByTime, ByUser, LeaveOneOut, Split
+    from lightning_gr.data.synthetic import SyntheticLog, write_synthetic_log
+
+_MODULES = {
+    "ArraySamples": "plan",
+    "ByTime": "splits",
+    "ByUser": "splits",
+    "EpochPlan": "plan",
+    "EventLog": "event_log",
+    "EventStore": "event_store",
+    "EventTable": "event_table",
+    "Features": "event_log",
+    "Field": "event_store",
+    "GlobalBatchPlan": "plan",
+    "Interactions": "interactions",
+    "LeaveOneOut": "splits",
+    "PlannedLoader": "loader",
+    "RetrievalSource": "source",
+    "SampleIndex": "plan",
+    "SequenceDataModule": "datamodule",
+    "SequenceSource": "source",
+    "Split": "splits",
+    "StoreWriter": "event_store",
+    "SyntheticLog": "synthetic",
+    "UserRows": "event_table",
+    "check_store": "event_store",
+    "read_events": "readers",
+    "write_synthetic_log": "synthetic",
+}
 
 __all__ = [
     "ArraySamples",
@@ -38,3 +71,13 @@ __all__ = [
     "read_events",
     "write_synthetic_log",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__
