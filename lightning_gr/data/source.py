@@ -15,6 +15,7 @@ import torch
 from typing_extensions import override
 
 from lightning_gr.batch import PADDING_SAMPLE_ID, Labels, SequenceBatch, TokenKind
+from lightning_gr.data.event_store.fields import Field
 from lightning_gr.data.event_table import EventTable, UserRows
 from lightning_gr.data.plan import SampleIndex
 from lightning_gr.data.splits import LeaveOneOut, Part, Split
@@ -183,53 +184,17 @@ class RetrievalSource(SequenceSource):
         gradient_divisor: float,
     ) -> SequenceBatch:
         first_B, last_B, asking_B = self._tokens_of(sample_ids)
-        lengths_B = last_B - first_B + 1
-        user_rows, places_B = self._user_rows(sample_ids, windows)
-        ends_B = np.cumsum(lengths_B)
-        starts_B = ends_B - lengths_B
-        total = int(ends_B[-1]) if len(ends_B) else 0
-        position_T = np.arange(total)
-        event_T = position_T + np.repeat(user_rows.offsets[places_B] + first_B - starts_B, lengths_B)
-        labels: dict[str, Labels] = {}
-        if self.tasks:
-            asks_T = position_T >= np.repeat(starts_B + np.maximum(asking_B - first_B, 0), lengths_B)
-            tokens = np.flatnonzero(asks_T)
-            labels[self.TASK] = Labels(_tensor(user_rows.items[event_T[tokens] + 1]), torch.from_numpy(tokens))
-        times_T = request_times_T = None
-        if user_rows.timestamps is not None:
-            times_T = _tensor(user_rows.timestamps[event_T])
-            # Nobody knows when a whole history goes on: its last token asks at its own time.
-            next_T = event_T + 1
-            if self._part == "all":
-                next_T[ends_B - 1] -= 1
-            request_times_T = _tensor(user_rows.timestamps[next_T])
-        ids = {"item_id": (user_rows.items[event_T], lengths_B)}
-        dense: dict[str, torch.Tensor] = {}
-        for name in self._features:
-            values, lengths = self._feature(user_rows, name, event_T, lengths_B, places_B)
-            if self._kinds[name].kind == "sparse":
-                ids[name] = (values, lengths)
-            else:
-                dense[name] = torch.from_numpy(values.astype(np.float32))
-        if not len(sample_ids):
-            ids = {name: (values, np.zeros(1, dtype=np.int64)) for name, (values, _) in ids.items()}
-            sample_ids, lengths_B = np.array([PADDING_SAMPLE_ID]), np.zeros(1, dtype=np.int64)
-            for name in self._features:
-                if name in dense and self._kinds[name].per == "user":
-                    dense[name] = torch.zeros(1)
-        counts_B4 = torch.zeros(len(lengths_B), 4, dtype=torch.int64)
-        counts_B4[:, TokenKind.REALTIME] = torch.from_numpy(lengths_B)
-        return SequenceBatch(
-            features=_keyed_jagged(ids),
-            token_counts_B4=counts_B4,
-            sample_ids_B=torch.from_numpy(sample_ids.astype(np.int64)),
-            labels=labels,
+        rows, places_B = self._user_rows(sample_ids, windows)
+        return next_item_batch(
+            rows,
+            places_B,
+            tokens_B3=(first_B, last_B, asking_B),
+            sample_ids=sample_ids,
+            labelled=bool(self.tasks),
+            fields=[self._kinds[name] for name in self._features],
+            epoch=epoch,
             denominators=denominators,
             gradient_divisor=gradient_divisor,
-            epoch=epoch,
-            timestamps_T=times_T,
-            request_timestamps_T=request_times_T,
-            dense=dense,
         )
 
     def _user_rows(self, sample_ids: Array, windows: Sequence[tuple[int, ...]]) -> tuple[UserRows, Array]:
@@ -253,14 +218,84 @@ class RetrievalSource(SequenceSource):
             parts = [_take(self._window((0,)).rows, places)]
         return UserRows.concatenate(parts), places
 
-    def _feature(
-        self, rows: UserRows, name: str, event_T: Array, lengths_B: Array, places_B: Array
-    ) -> tuple[Array, Array]:
-        if name in rows.event_fields:
-            return rows.event_fields[name][event_T], lengths_B
-        values, offsets = rows.user_fields[name]
-        at, lengths = _spread(offsets, places_B)
-        return values[at], lengths
+
+def next_item_batch(
+    rows: UserRows,
+    places_B: Array,
+    *,
+    tokens_B3: tuple[Array, Array, Array],
+    sample_ids: Array,
+    labelled: bool,
+    fields: Sequence[Field],
+    epoch: int,
+    denominators: dict[str, float],
+    gradient_divisor: float,
+) -> SequenceBatch:
+    """Cuts samples out of users' events: items, times, fields, and the next event of each token that asks.
+
+    Args:
+        rows: users in memory.
+        places_B: each sample's user among them.
+        tokens_B3: first and last token of each sample, and the first that asks, as places in the user's history.
+        sample_ids: ids of the samples; none gives one padding sequence of length 0 without labels.
+        labelled: whether tokens ask for their next event; otherwise the last token may be the user's last event.
+        fields: fields of events and users that the batch carries.
+        epoch: epoch the batch belongs to.
+        denominators: by task, the labels of the whole global batch.
+        gradient_divisor: what engines divide the gradient by.
+    """
+    first_B, last_B, asking_B = tokens_B3
+    lengths_B = last_B - first_B + 1
+    ends_B = np.cumsum(lengths_B)
+    starts_B = ends_B - lengths_B
+    total = int(ends_B[-1]) if len(ends_B) else 0
+    position_T = np.arange(total)
+    event_T = position_T + np.repeat(rows.offsets[places_B] + first_B - starts_B, lengths_B)
+    labels: dict[str, Labels] = {}
+    if labelled:
+        asks_T = position_T >= np.repeat(starts_B + np.maximum(asking_B - first_B, 0), lengths_B)
+        tokens = np.flatnonzero(asks_T)
+        labels[RetrievalSource.TASK] = Labels(_tensor(rows.items[event_T[tokens] + 1]), torch.from_numpy(tokens))
+    times_T = request_times_T = None
+    if rows.timestamps is not None:
+        times_T = _tensor(rows.timestamps[event_T])
+        # Nobody knows when a whole history goes on: its last token asks at its own time.
+        next_T = event_T + 1
+        if not labelled:
+            next_T[ends_B - 1] -= 1
+        request_times_T = _tensor(rows.timestamps[next_T])
+    ids = {"item_id": (rows.items[event_T], lengths_B)}
+    dense: dict[str, torch.Tensor] = {}
+    for field in fields:
+        if field.per == "event":
+            values, lengths = rows.event_fields[field.name][event_T], lengths_B
+        else:
+            values, offsets = rows.user_fields[field.name]
+            at, lengths = _spread(offsets, places_B)
+            values = values[at]
+        if field.kind == "sparse":
+            ids[field.name] = (values, lengths)
+        elif not len(sample_ids) and field.per == "user":
+            dense[field.name] = torch.zeros(1)
+        else:
+            dense[field.name] = torch.from_numpy(values.astype(np.float32))
+    if not len(sample_ids):
+        ids = {name: (values, np.zeros(1, dtype=np.int64)) for name, (values, _) in ids.items()}
+        sample_ids, lengths_B = np.array([PADDING_SAMPLE_ID]), np.zeros(1, dtype=np.int64)
+    counts_B4 = torch.zeros(len(lengths_B), 4, dtype=torch.int64)
+    counts_B4[:, TokenKind.REALTIME] = torch.from_numpy(lengths_B)
+    return SequenceBatch(
+        features=_keyed_jagged(ids),
+        token_counts_B4=counts_B4,
+        sample_ids_B=torch.from_numpy(sample_ids.astype(np.int64)),
+        labels=labels,
+        denominators=denominators,
+        gradient_divisor=gradient_divisor,
+        epoch=epoch,
+        timestamps_T=times_T,
+        request_timestamps_T=request_times_T,
+        dense=dense,
+    )
 
 
 def _spread(offsets: Array, places: Array) -> tuple[Array, Array]:
