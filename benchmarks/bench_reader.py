@@ -39,7 +39,7 @@ class Index:
         self.lengths = np.load(path, mmap_mode="r")
         self.group_bounds = np.append(np.arange(0, len(self.lengths), 1024), len(self.lengths))
 
-    def read_group(self, group: int, columns: Any = ()) -> Any:
+    def read_group(self, group: int, columns: Any = ()) -> Any:  # noqa: D102
         raise AssertionError("a plan reads no events")
 
 

@@ -19,6 +19,7 @@ from typing_extensions import override
 # Imported so that the help lists their classes and short class names work; none of them imports torchrec.
 import lightning_gr.callbacks
 import lightning_gr.data.datamodule
+import lightning_gr.data.stream_datamodule
 import lightning_gr.models
 import lightning_gr.plugins  # noqa: F401
 from lightning_gr import __version__

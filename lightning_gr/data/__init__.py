@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from lightning_gr.data.readers import read_events
     from lightning_gr.data.source import RetrievalSource, SequenceSource
     from lightning_gr.data.splits import ByTime, ByUser, LeaveOneOut, Split
+    from lightning_gr.data.stream import EventStream, ParquetDays
+    from lightning_gr.data.stream_datamodule import StreamDataModule
+    from lightning_gr.data.stream_loader import StreamLoader
     from lightning_gr.data.synthetic import SyntheticLog, write_synthetic_log
 
 _MODULES = {
@@ -25,12 +28,14 @@ _MODULES = {
     "EpochPlan": "plan",
     "EventLog": "event_log",
     "EventStore": "event_store",
+    "EventStream": "stream",
     "EventTable": "event_table",
     "Features": "event_log",
     "Field": "event_store",
     "GlobalBatchPlan": "plan",
     "Interactions": "interactions",
     "LeaveOneOut": "splits",
+    "ParquetDays": "stream",
     "PlannedLoader": "loader",
     "RetrievalSource": "source",
     "SampleIndex": "plan",
@@ -38,6 +43,8 @@ _MODULES = {
     "SequenceSource": "source",
     "Split": "splits",
     "StoreWriter": "event_store",
+    "StreamDataModule": "stream_datamodule",
+    "StreamLoader": "stream_loader",
     "SyntheticLog": "synthetic",
     "UserRows": "event_table",
     "check_store": "event_store",
@@ -52,12 +59,14 @@ __all__ = [
     "EpochPlan",
     "EventLog",
     "EventStore",
+    "EventStream",
     "EventTable",
     "Features",
     "Field",
     "GlobalBatchPlan",
     "Interactions",
     "LeaveOneOut",
+    "ParquetDays",
     "PlannedLoader",
     "RetrievalSource",
     "SampleIndex",
@@ -65,6 +74,8 @@ __all__ = [
     "SequenceSource",
     "Split",
     "StoreWriter",
+    "StreamDataModule",
+    "StreamLoader",
     "SyntheticLog",
     "UserRows",
     "check_store",

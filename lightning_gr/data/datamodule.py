@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
-from lightning.pytorch.loops.loop import _Loop
 from typing_extensions import override
 
 from lightning_gr.data.event_store import EventStore, is_store
+from lightning_gr.data.finished_epoch import leave_finished_epoch
 from lightning_gr.data.interactions import Interactions
 from lightning_gr.data.loader import PlannedLoader
 from lightning_gr.data.plan import GlobalBatchPlan
@@ -26,21 +26,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 log = logging.getLogger(__name__)
-
-
-def _leave_finished_epoch(trainer: pl.Trainer) -> None:
-    """Lets a run resumed from the end of an epoch begin the next one.
-
-    Lightning 2.6 does so by itself only without ``max_steps``: with it, every load counts as a restart within an epoch,
-    and the run trains one batch too many in the finished epoch and then skips the epoch that is due.
-    """
-    progress = getattr(getattr(trainer, "fit_loop", None), "epoch_progress", None)
-    if progress is None or not trainer.fit_loop.restarting:
-        return
-    current = progress.current
-    if current.ready == current.started == current.processed:
-        # The loop's own setter would keep the restart; this one is that of every other loop, and reaches its children.
-        _Loop.restarting.fset(trainer.fit_loop, False)  # type: ignore[attr-defined]
 
 
 class SequenceDataModule(pl.LightningDataModule):
@@ -192,7 +177,7 @@ class SequenceDataModule(pl.LightningDataModule):
     @override
     def train_dataloader(self) -> PlannedLoader:
         if self.trainer is not None:
-            _leave_finished_epoch(self.trainer)
+            leave_finished_epoch(self.trainer)
         return self._loader("train", "train")
 
     @override

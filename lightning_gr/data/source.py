@@ -210,12 +210,12 @@ class RetrievalSource(SequenceSource):
         taken = 0
         for window in held:
             here, at = window.locate(rows)
-            parts.append(_take(window.rows, at[here]))
+            parts.append(take_users(window.rows, at[here]))
             places[here] = taken + np.arange(int(here.sum()))
             taken += int(here.sum())
         assert taken == len(rows), "a plan names the windows of its samples"
         if not parts:
-            parts = [_take(self._window((0,)).rows, places)]
+            parts = [take_users(self._window((0,)).rows, places)]
         return UserRows.concatenate(parts), places
 
 
@@ -306,7 +306,7 @@ def _spread(offsets: Array, places: Array) -> tuple[Array, Array]:
     return np.arange(total) + np.repeat(offsets[places] - (ends - lengths), lengths), lengths
 
 
-def _take(rows: UserRows, places: Array) -> UserRows:
+def take_users(rows: UserRows, places: Array) -> UserRows:
     """Some of the users."""
     at, lengths = _spread(rows.offsets, places)
     fields = {}
