@@ -2,7 +2,8 @@
 
 The next item is, with probability `first`, a successor of the last item; with probability `second`, of the item before
 it (by another table); otherwise any item, by Zipf popularity. Each item has a few successors of unequal probability.
-So the conditional probability of every item given a history is known, and with it what no model can beat.
+So the conditional probability of every item given a history is known, and with it what no model can beat. Clicks have a
+known probability too: the user's taste, the item's quality, and whether the item follows the one before it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ Array = np.ndarray[Any, Any]
 TOP_K = 10
 _SUCCESSOR_SHARES = np.array([0.4, 0.25, 0.15, 0.1, 0.06, 0.04])
 _FIRST_TIME = 1_700_000_000
+_BLOCK_USERS = 16_384
+_TASTE_STD, _QUALITY_STD, _FOLLOWING_GAIN, _CLICK_INTERCEPT = 0.7, 1.0, 1.5, -1.0
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class SyntheticLog:
         num_events: events.
         best_hr: expected HR@10 of the best possible ranking of the test items.
         best_ndcg: its expected NDCG@10.
+        best_auc: expected AUC of the test items' clicks, ranked by their true probabilities.
     """
 
     num_users: int
@@ -38,11 +42,12 @@ class SyntheticLog:
     num_events: int
     best_hr: float
     best_ndcg: float
+    best_auc: float
 
     def __str__(self) -> str:
         return (
             f"{self.num_users:,} users, {self.num_items:,} items, {self.num_events:,} events; the best possible "
-            f"HR@10 is {self.best_hr:.4f}, NDCG@10 {self.best_ndcg:.4f}"
+            f"HR@10 is {self.best_hr:.4f}, NDCG@10 {self.best_ndcg:.4f}, click AUC {self.best_auc:.4f}"
         )
 
 
@@ -97,6 +102,46 @@ class MarkovItems:
         return {f"HR@{TOP_K}": hits / len(last), f"NDCG@{TOP_K}": ndcg / len(last)}
 
 
+class Clicks:
+    """The planted probability that an event is clicked: taste of the user, quality of the item, and what came before.
+
+    Args:
+        chain: whose first-order successors are clicked more after their predecessor.
+        seed: seed of tastes and qualities.
+    """
+
+    def __init__(self, *, chain: MarkovItems, seed: int) -> None:
+        self._successors = chain.successors[0]
+        self._quality = np.random.default_rng([seed, 4]).normal(0.0, _QUALITY_STD, chain.num_items)
+        self._seed = seed
+
+    def tastes(self, block: int, count: int) -> Array:
+        """The taste of each user of a block."""
+        return np.random.default_rng([self._seed, 5, block]).normal(0.0, _TASTE_STD, count)
+
+    def probabilities(self, tastes: Array, items: Array, last: Array) -> Array:
+        """Of events: the user's taste, the item, and the item before it, -1 where there is none."""
+        follows = (self._successors[last] == items[..., None]).any(-1) & (last >= 0)
+        logits = _CLICK_INTERCEPT + tastes + self._quality[items] + _FOLLOWING_GAIN * follows
+        probabilities: Array = 1 / (1 + np.exp(-logits))
+        return probabilities
+
+
+def best_auc(probabilities: Array) -> float:
+    """Expected share of (clicked, not clicked) pairs that ranking by the true probabilities puts right."""
+    p = np.sort(probabilities)
+    values, first, counts = np.unique(p, return_index=True, return_counts=True)
+    missed = np.add.reduceat(1 - p, first)
+    clicked = np.add.reduceat(p, first)
+    below = np.cumsum(missed) - missed
+    # Pairs of events of equal probability count half; an event makes no pair with itself.
+    same = np.add.reduceat(p * (1 - p), first)
+    ties = clicked * missed - same
+    pairs = p.sum() * (1 - p).sum() - (p * (1 - p)).sum()
+    assert len(values) == len(counts)
+    return float((clicked * below + 0.5 * ties).sum() / pairs) if pairs > 0 else 0.5
+
+
 def write_synthetic_log(
     path: str | Path,
     *,
@@ -108,10 +153,10 @@ def write_synthetic_log(
     second: float = 0.25,
     seed: int = 0,
 ) -> SyntheticLog:
-    """Writes a CSV log ``user_id,item_id,timestamp`` and, beside it, ``<name>.oracle.json`` with the best possible.
+    """Writes a CSV log ``user_id,item_id,timestamp,click`` and ``<name>.oracle.json`` with the best possible beside it.
 
-    Lengths are log-normal with a heavy tail, at least 5. Raw item ids are not 0 ... N - 1. Both files appear whole or
-    not at all.
+    Lengths are log-normal with a heavy tail, at least 5. Raw item ids are not 0 ... N - 1. Users are written by blocks,
+    so that memory does not depend on their number. Both files appear whole or not at all.
 
     Args:
         path: the CSV file.
@@ -134,47 +179,81 @@ def write_synthetic_log(
         raise ValueError(f"first={first}, second={second}: expected probabilities that add up to at most 1")
     if not 5 <= mean_length <= max_length:
         raise ValueError(f"mean_length={mean_length}: expected 5 ... max_length={max_length}")
+    path = Path(path)
     chain = MarkovItems(num_items=num_items, first=first, second=second, seed=seed)
-    rng = np.random.default_rng([seed, 2])
+    clicks = Clicks(chain=chain, seed=seed)
+    raw_ids = np.sort(np.random.default_rng([seed, 3]).choice(num_items * 20, num_items, replace=False)) + 100_000
+    splits = (("test", 2), ("val", 3))
+    sums: dict[str, dict[str, float]] = {split: {} for split, _ in splits}
+    of_targets: dict[str, list[Array]] = {split: [] for split, _ in splits}
+    num_events = 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            for block, begin in enumerate(range(0, num_users, _BLOCK_USERS)):
+                count = min(_BLOCK_USERS, num_users - begin)
+                rng = np.random.default_rng([seed, 2, block] if block else [seed, 2])
+                lengths, items, times = _histories(chain, count, mean_length, max_length, rng)
+                tastes = clicks.tastes(block, count)
+                before = np.concatenate([np.full((count, 1), -1), items[:, :-1]], axis=1)
+                chances = clicks.probabilities(tastes[:, None], items, before)
+                clicked = np.random.default_rng([seed, 6, block]).random(chances.shape) < chances
+                _write_block(file, begin, lengths, raw_ids[items], times, clicked)
+                num_events += int(lengths.sum())
+                rows = np.arange(count)
+                for split, back in splits:
+                    best = chain.best_possible(items[rows, lengths - back], items[rows, lengths - back - 1])
+                    for name, value in best.items():
+                        sums[split][name] = sums[split].get(name, 0.0) + value * count
+                    of_targets[split].append(chances[rows, lengths - back + 1])
+        oracle = {
+            split: {name: value / num_users for name, value in sums[split].items()}
+            | {"click AUC": best_auc(np.concatenate(of_targets[split]))}
+            for split, _ in splits
+        }
+        settings: dict[str, Any] = {
+            "num_users": num_users,
+            "num_items": num_items,
+            "mean_length": mean_length,
+            "max_length": max_length,
+        }
+        settings |= {"first": first, "second": second, "seed": seed, "zipf": chain.zipf}
+        settings["successor_shares"] = _SUCCESSOR_SHARES.tolist()
+        text = json.dumps({"settings": settings, **oracle}, indent=2) + "\n"
+        _write_whole(path.with_suffix(".oracle.json"), text)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    best = oracle["test"]
+    return SyntheticLog(num_users, num_items, num_events, best[f"HR@{TOP_K}"], best[f"NDCG@{TOP_K}"], best["click AUC"])
+
+
+def _histories(
+    chain: MarkovItems, num_users: int, mean_length: float, max_length: int, rng: np.random.Generator
+) -> tuple[Array, Array, Array]:
+    """Lengths (U,), items and times (U, longest); what lies beyond a user's length is not used."""
     sigma = 0.8
     lengths = rng.lognormal(np.log(mean_length) - sigma**2 / 2, sigma, num_users)
     lengths = np.clip(np.rint(lengths), 5, max_length).astype(np.int64)
     items = np.zeros((num_users, int(lengths.max())), dtype=np.int64)
     for step in range(items.shape[1]):
         if step < 2:
-            items[:, step] = rng.choice(num_items, num_users, p=chain.popularity)
+            items[:, step] = rng.choice(chain.num_items, num_users, p=chain.popularity)
         else:
             items[:, step] = chain.draw(items[:, step - 1], items[:, step - 2], rng)
     times = _FIRST_TIME + rng.integers(0, 30 * 86400, (num_users, 1)) + rng.integers(60, 86400, items.shape).cumsum(1)
-    raw_ids = np.sort(np.random.default_rng([seed, 3]).choice(num_items * 20, num_items, replace=False)) + 100_000
-
-    user_rows = np.arange(num_users)
-    oracle = {
-        split: chain.best_possible(items[user_rows, lengths - back], items[user_rows, lengths - back - 1])
-        for split, back in (("test", 2), ("val", 3))
-    }
-    _write_csv(Path(path), lengths, raw_ids[items], times)
-    settings: dict[str, Any] = {
-        "num_users": num_users,
-        "num_items": num_items,
-        "mean_length": mean_length,
-        "max_length": max_length,
-    }
-    settings |= {"first": first, "second": second, "seed": seed, "zipf": chain.zipf}
-    settings["successor_shares"] = _SUCCESSOR_SHARES.tolist()
-    _write_whole(Path(path).with_suffix(".oracle.json"), json.dumps({"settings": settings, **oracle}, indent=2) + "\n")
-    best = oracle["test"]
-    return SyntheticLog(num_users, num_items, int(lengths.sum()), best[f"HR@{TOP_K}"], best[f"NDCG@{TOP_K}"])
+    return lengths, items, times
 
 
-def _write_csv(path: Path, lengths: Array, items: Array, times: Array) -> None:
+def _write_block(file: Any, first_user: int, lengths: Array, items: Array, times: Array, clicked: Array) -> None:
     import polars as pl
 
     kept = np.arange(items.shape[1]) < lengths[:, None]
-    users = np.repeat(np.arange(len(lengths)), lengths)
+    users = np.repeat(np.arange(first_user, first_user + len(lengths)), lengths)
     names = pl.Series("user_id", users).cast(pl.String).str.zfill(6)
-    frame = pl.DataFrame({"user_id": "u" + names, "item_id": items[kept], "timestamp": times[kept]})
-    _write_whole(path, frame.write_csv())
+    columns = {"item_id": items[kept], "timestamp": times[kept], "click": clicked[kept].astype(np.int8)}
+    pl.DataFrame({"user_id": "u" + names, **columns}).write_csv(file, include_header=first_user == 0)
 
 
 def _write_whole(path: Path, text: str) -> None:

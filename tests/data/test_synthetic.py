@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lightning_gr.data.synthetic import MarkovItems, write_synthetic_log
+from lightning_gr.data.synthetic import Clicks, MarkovItems, best_auc, write_synthetic_log
 
 SETTINGS: dict[str, Any] = {"num_users": 4000, "num_items": 60, "mean_length": 9.0, "max_length": 40, "seed": 5}
 
@@ -117,7 +117,8 @@ def test_oracle_is_what_the_ideal_scorer_reaches(written: tuple[Path, Any], spli
             rank = rank_by(scores, item)
             metrics["HR@10"].append(float(rank <= 10))
             metrics["NDCG@10"].append(1 / np.log2(rank + 1) if rank <= 10 else 0.0)
-    for name, best in oracle[split].items():
+    for name in held_out:
+        best = oracle[split][name]
         assert np.mean(exact[name]) == pytest.approx(best, rel=1e-9)
         # Ranks among ties differ by a hair of probability; the sampling error is far wider.
         assert within_error(held_out[name], best)
@@ -160,3 +161,53 @@ def test_settings_that_cannot_work_are_named(tmp_path: Path, setting: str, value
     assert str(value) in str(error.value)
     assert "\n" not in str(error.value)
     assert not list(tmp_path.iterdir())
+
+
+def test_clicks_have_the_planted_probability_and_the_oracle_ranks_them_best(written: tuple[Path, Any]) -> None:
+    path, summary = written
+    chain = MarkovItems(num_items=60, first=0.6, second=0.25, seed=5)
+    planted = Clicks(chain=chain, seed=5)
+    raw: list[int] = []
+    users = defaultdict(list)
+    with path.open() as file:
+        for row in csv.DictReader(file):
+            users[row["user_id"]].append((int(row["item_id"]), int(row["click"])))
+            raw.append(int(row["item_id"]))
+    number = {item: i for i, item in enumerate(sorted(set(raw)))}
+    tastes = planted.tastes(0, len(users))
+    chances, clicks, of_targets = [], [], []
+    for taste, events in zip(tastes, users.values(), strict=True):
+        items = np.array([number[item] for item, _ in events])
+        p = planted.probabilities(np.full(len(items), taste), items, np.concatenate([[-1], items[:-1]]))
+        chances += p.tolist()
+        clicks += [click for _, click in events]
+        of_targets.append((p[-1], events[-1][1]))
+    assert within_error((np.array(clicks) - np.array(chances)).tolist(), 0.0)
+    for low in np.arange(0.0, 1.0, 0.2):  # calibrated in every range
+        chosen = (np.array(chances) >= low) & (np.array(chances) < low + 0.2)
+        assert within_error((np.array(clicks)[chosen] - np.array(chances)[chosen]).tolist(), 0.0)
+    p, y = (np.array(column) for column in zip(*of_targets, strict=True))
+    wins = (p[y == 1][:, None] > p[y == 0]).mean() + 0.5 * (p[y == 1][:, None] == p[y == 0]).mean()
+    assert abs(wins - summary.best_auc) < 0.03
+    oracle = json.loads(path.with_suffix(".oracle.json").read_text())
+    assert oracle["test"]["click AUC"] == summary.best_auc
+
+
+@pytest.mark.parametrize("p", [[0.1, 0.9], [0.5, 0.5, 0.5], [0.2, 0.2, 0.7, 0.9], [0.3]])
+def test_best_auc_counts_every_pair(p: list[float]) -> None:
+    won = pairs = 0.0
+    for i, clicked in enumerate(p):
+        for j, missed in enumerate(p):
+            if i != j:
+                pairs += clicked * (1 - missed)
+                won += clicked * (1 - missed) * (1.0 if clicked > missed else 0.5 if clicked == missed else 0.0)
+    assert best_auc(np.array(p)) == pytest.approx(won / pairs if pairs else 0.5)
+
+
+def test_blocks_of_users_join_seamlessly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_gr.data.synthetic._BLOCK_USERS", 100)
+    write_synthetic_log(tmp_path / "log.csv", **(SETTINGS | {"num_users": 250}))
+    users = histories(tmp_path / "log.csv")
+    assert list(users) == [f"u{i:06d}" for i in range(250)]
+    sequences = [tuple(item for _, item in events) for events in users.values()]
+    assert len(set(sequences)) == 250  # no block repeats another
