@@ -124,7 +124,8 @@ def test_oracle_is_what_the_ideal_scorer_reaches(written: tuple[Path, Any], spli
         assert within_error(held_out[name], best)
         assert within_error(sampled[name], best)
     if split == "test":
-        assert oracle["test"] == {"HR@10": summary.best_hr, "NDCG@10": summary.best_ndcg}
+        best = {"HR@10": summary.best_hr, "NDCG@10": summary.best_ndcg, "click AUC": summary.best_auc}
+        assert oracle["test"] == best
     # A scorer that knows less does worse, so the agreement above is no accident.
     popular = [float(rank_by(truth.popularity, rows[events[-back]]) <= 10) for events in users]
     assert np.mean(popular) < oracle[split]["HR@10"] - 0.2
