@@ -1,0 +1,326 @@
+"""prepare: the stages from a log to a store, each taken up again where a run that was cut off had left it."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lightning_gr.data.event_log import EventLog
+from lightning_gr.data.event_store import EventStore, Field, StoreWriter
+from lightning_gr.data.event_store.writer import refuse_to_replace
+from lightning_gr.data.prepare.cells import NotWhole
+from lightning_gr.data.prepare.core import Core
+from lightning_gr.data.prepare.features import FeatureTable
+from lightning_gr.data.prepare.settings import PrepareSettings
+from lightning_gr.data.prepare.spill import ITEM, ORDER, TIME, USER, num_buckets, read_bucket, spill
+from lightning_gr.data.prepare.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    import polars as pl
+
+Progress = Callable[[str, int, int], None]
+_VERSION = 1
+"""Of what lies in the work folder; another one is not taken up."""
+
+
+def prepare(
+    log: EventLog,
+    output: str | Path,
+    *,
+    settings: PrepareSettings | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> EventStore:
+    """Reads a log and writes an event store.
+
+    Everything is written beside `output`, in ``.<name>.prepare``, and moved there last. A run that was cut off is taken
+    up where it was by another one of the same log and settings. The result is a function of the log and the settings.
+
+    Args:
+        log: the log.
+        output: where the store goes.
+        settings: what is kept; None keeps everything and refuses bad rows.
+        overwrite: whether a store that is there already is replaced.
+        progress: is told the stage, what is done and what there is.
+
+    Returns:
+        The store; its `summary` says what was read, kept and left out.
+
+    Raises:
+        FileExistsError: something lies at `output`.
+        FileNotFoundError: a file of the log is not there.
+        ValueError: the log or a setting cannot be used; the message names file, row and column.
+        OSError: the disk is full, or a folder cannot be written to.
+    """
+    output, settings = Path(output), settings or PrepareSettings()
+    refuse_to_replace(output, overwrite=overwrite)
+    for file in log.files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file")
+        if file.stat().st_size == 0:
+            raise ValueError(f"{file}: the file is empty")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    work = output.parent / f".{output.name}.prepare"
+    try:
+        store = _Run(log, output, work, settings, overwrite, progress or (lambda stage, done, total: None)).run()
+    except OSError as error:
+        if error.errno == errno.ENOSPC or "No space left" in str(error):
+            raise OSError(
+                errno.ENOSPC, f"{work}: the disk is full; make room and run again, what is done is kept"
+            ) from error
+        raise
+    shutil.rmtree(work)
+    return store
+
+
+class _Run:
+    def __init__(
+        self, log: EventLog, output: Path, work: Path, settings: PrepareSettings, overwrite: bool, progress: Progress
+    ) -> None:
+        self._log, self._output, self._work, self._settings = log, output, work, settings
+        self._overwrite, self._progress = overwrite, progress
+        self._buckets = num_buckets(log, settings)
+
+    # ---- what lies in the work folder --------------------------------------------------------------------------
+
+    def _identity(self) -> str:
+        """Names the log's files as they are now, and the settings."""
+        files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in self._log.files]
+        columns = {name: value for name, value in vars(self._log).items() if isinstance(value, str | tuple | int)}
+        columns.pop("files")
+        what = [_VERSION, files, repr(sorted(columns.items())), repr(self._settings)]
+        return hashlib.blake2b(json.dumps(what).encode(), digest_size=16).hexdigest()
+
+    def _state(self) -> dict[str, Any]:
+        """What an earlier run left, or nothing where it was another one."""
+        file = self._work / "state.json"
+        try:
+            state = json.loads(file.read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            state = {}
+        if not isinstance(state, dict) or state.get("identity") != self._identity():
+            shutil.rmtree(self._work, ignore_errors=True)
+            self._work.mkdir(parents=True)
+            state = {"identity": self._identity(), "as_text": []}
+            self._save(state)
+        return state
+
+    def _save(self, state: dict[str, Any]) -> None:
+        temporary = self._work / "state.tmp"
+        temporary.write_text(json.dumps(state))
+        os.replace(temporary, self._work / "state.json")
+
+    # ---- the stages --------------------------------------------------------------------------------------------
+
+    def run(self) -> EventStore:
+        state = self._state()
+        while True:
+            try:
+                self._counts = spill(
+                    self._log,
+                    self._work,
+                    self._settings,
+                    buckets=self._buckets,
+                    as_text=set(state["as_text"]),
+                    progress=self._progress,
+                )
+                break
+            except NotWhole as error:
+                # What looked like whole numbers is text after all; all of it is read again as such.
+                state["as_text"].append(error.column)
+                shutil.rmtree(self._work / "spill")
+                self._save(state)
+        self._core = Core(
+            min_user_events=self._settings.min_user_events, min_item_events=self._settings.min_item_events
+        )
+        if self._counts.rows == 0:
+            raise ValueError(f"{self._log.files[0]}: the log has no events")
+        self._core.settle(self._buckets, self._read)
+        self._learn()
+        if not len(self._vocabularies[ITEM]):
+            raise ValueError(
+                f"{self._log.files[0]}: no event is left of {self._counts.rows}; see bad_rows, min_user_events and "
+                "min_item_events"
+            )
+        return self._write()
+
+    def _read(self, bucket: int) -> pl.DataFrame:
+        events = read_bucket(self._work, bucket)
+        if self._settings.duplicates == "drop" and not events.is_empty():
+            columns = [name for name in events.columns if name != ORDER]
+            events = events.unique(columns, keep="first", maintain_order=True)
+        return events
+
+    def _learn(self) -> None:
+        """The vocabularies of items and of every sparse field, and the features of users and items."""
+        self._vocabularies = {name: Vocabulary(name) for name in (ITEM, *self._log.sparse)}
+        self._users: FeatureTable | None = None
+        users_type: pl.DataType | None = None
+        for bucket in range(self._buckets):
+            events = self._core.keep(self._read(bucket))
+            self._progress("numbering", bucket + 1, self._buckets)
+            if events.is_empty():
+                continue
+            for name, vocabulary in self._vocabularies.items():
+                vocabulary.add(events[name])
+            if self._log.users is not None:
+                if users_type is None:
+                    users_type = events[USER].dtype
+                    self._users = FeatureTable(self._log.users, per="user", ids=users_type)
+                assert self._users is not None
+                self._users.learn(self._users.join(events[USER].unique(maintain_order=True)))
+        self._items: FeatureTable | None = None
+        if self._log.items is not None and len(self._vocabularies[ITEM]):
+            self._items = FeatureTable(self._log.items, per="item", ids=self._vocabularies[ITEM].dtype)
+            self._items.learn(self._items.join(self._vocabularies[ITEM].values))
+
+    def _fields(self) -> list[Field]:
+        fields = [Field(name, "sparse", "event", len(self._vocabularies[name])) for name in self._log.sparse]
+        fields += [Field(name, "dense", "event") for name in self._log.dense]
+        fields += [Field(name, "label", "event") for name in self._log.labels]
+        for table in (self._users, self._items):
+            fields += table.all_fields() if table is not None else []
+        names = [field.name for field in fields]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"column {twice[0]}: named for more than one of events, users and items; rename one")
+        return fields
+
+    def _write(self) -> EventStore:
+        summary = _Summary(self._log, self._counts)
+        writer = StoreWriter(
+            path=self._output,
+            fields=self._fields(),
+            has_timestamps=self._log.timestamp is not None,
+            work=self._work,
+            overwrite=self._overwrite,
+        )
+        for bucket in range(self._buckets):
+            notes = self._work / f"part-{bucket:05d}.json"
+            if writer.has_part(bucket) and notes.is_file():
+                summary.add(json.loads(notes.read_text()))
+                writer.skip_part()
+            else:
+                users, of_part = self._part(bucket)
+                writer.write_users(users)
+                notes.write_text(json.dumps(of_part))
+                summary.add(of_part)
+            self._progress("writing", bucket + 1, self._buckets)
+        for name, vocabulary in self._vocabularies.items():
+            writer.write_vocabulary("item_id" if name == ITEM else name, vocabulary.values)
+        for table in (self._users, self._items):
+            for name, vocabulary in (table.vocabularies if table is not None else {}).items():
+                writer.write_vocabulary(name, vocabulary.values)
+        if self._items is not None:
+            ids = self._vocabularies[ITEM].values
+            fields = self._items.encode(self._items.join(ids))
+            writer.write_items(fields.insert_column(0, ids.alias("item_id")))
+        writer.finish(summary=summary.finish(self._settings))
+        return EventStore(self._output)
+
+    def _part(self, bucket: int) -> tuple[pl.DataFrame, dict[str, Any]]:
+        """A bucket's users, one row each, and what there is to say of them."""
+        import polars as pl
+
+        raw = read_bucket(self._work, bucket)
+        columns = [name for name in raw.columns if name != ORDER]
+        duplicates = len(raw) - raw.select(columns).n_unique() if len(raw) else 0
+        events = self._core.keep(self._read(bucket) if self._settings.duplicates == "drop" else raw)
+        timed = self._log.timestamp is not None
+        notes: dict[str, Any] = {"usable": len(raw), "duplicates": duplicates, "kept": len(events), "late": 0}
+        if events.is_empty():
+            events = self._nothing() if raw.is_empty() else events
+        if timed and len(events):
+            events = events.sort(USER, ORDER)
+            late = (events[USER] == events[USER].shift(1)) & (events[TIME] < events[TIME].shift(1))
+            notes["late"] = int(late.fill_null(False).sum())
+            notes["times"] = [int(events[TIME].min()) // 10**6, int(events[TIME].max()) // 10**6]  # type: ignore[arg-type]
+        events = events.sort(USER, *([TIME] if timed else []), ORDER) if len(events) else events
+        coded = {"item_id": self._vocabularies[ITEM].encode(events[ITEM])}
+        if timed:
+            coded["timestamp"] = events[TIME] // 10**6
+        coded |= {name: self._vocabularies[name].encode(events[name]) for name in self._log.sparse}
+        coded |= {name: events[name] for name in (*self._log.dense, *self._log.labels)}
+        frame = pl.DataFrame([events[USER].alias("user_id"), *(column.alias(name) for name, column in coded.items())])
+        users = frame.group_by("user_id", maintain_order=True).agg(pl.all())
+        if self._users is not None:
+            fields = self._users.encode(self._users.join(users["user_id"]))
+            users = users.hstack(fields.get_columns())
+        lengths = users["item_id"].list.len().to_numpy()
+        notes["lengths"] = np.bincount(np.minimum(lengths, _LONGEST_COUNTED)).tolist()
+        notes["longest"] = int(lengths.max(initial=0))
+        return users, notes
+
+    def _nothing(self) -> pl.DataFrame:
+        """No events with the columns of a bucket that has some."""
+        for bucket in range(self._buckets):
+            events = read_bucket(self._work, bucket)
+            if len(events):
+                return events.clear()
+        raise AssertionError("a log without events is refused before")
+
+
+_LONGEST_COUNTED = 100_000
+
+
+class _Summary:
+    """What became of a log, gathered part by part."""
+
+    def __init__(self, log: EventLog, counts: Any) -> None:
+        self._log, self._counts = log, counts
+        self._totals = {"usable": 0, "duplicates": 0, "kept": 0, "late": 0}
+        self._lengths = np.zeros(1, dtype=np.int64)
+        self._longest = 0
+        self._times: list[int] = []
+
+    def add(self, notes: dict[str, Any]) -> None:
+        """Takes what was noted of a part."""
+        for name in self._totals:
+            self._totals[name] += notes[name]
+        lengths = np.array(notes["lengths"], dtype=np.int64)
+        longer, shorter = (self._lengths, lengths) if len(self._lengths) >= len(lengths) else (lengths, self._lengths)
+        self._lengths = longer.copy()
+        self._lengths[: len(shorter)] += shorter
+        self._longest = max(self._longest, notes["longest"])
+        self._times += notes.get("times", [])
+
+    def finish(self, settings: PrepareSettings) -> dict[str, Any]:
+        """The summary that the store keeps."""
+        counts, totals = self._counts, self._totals
+        users = int(self._lengths.sum())
+        ranks = np.cumsum(self._lengths)
+        dropped = {f"bad row, {reason}": count for reason, count in sorted(counts.bad.items())}
+        if settings.duplicates == "drop" and totals["duplicates"]:
+            dropped["duplicate"] = totals["duplicates"]
+        left = counts.rows - sum(dropped.values()) - totals["kept"]
+        if left:
+            dropped[
+                f"user with fewer than {settings.min_user_events} or item with fewer than {settings.min_item_events} "
+                "events"
+            ] = left
+        return {
+            "form": self._log.form,
+            "files": [file.name for file in self._log.files],
+            "rows_read": counts.rows,
+            "events_kept": totals["kept"],
+            "dropped": dropped,
+            "duplicates": totals["duplicates"],
+            "out_of_order": totals["late"],
+            "missing": {name: count for name, count in counts.missing.items() if count},
+            "time_units": counts.units,
+            "first_time": min(self._times) if self._times else None,
+            "last_time": max(self._times) if self._times else None,
+            "users": users,
+            "users_with_one_event": int(self._lengths[1]) if len(self._lengths) > 1 else 0,
+            "mean_length": round(totals["kept"] / max(users, 1), 2),
+            "median_length": int(np.searchsorted(ranks, (users + 1) // 2)),
+            "p99_length": int(np.searchsorted(ranks, users * 0.99)),
+            "longest": self._longest,
+        }

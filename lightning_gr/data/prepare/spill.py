@@ -1,0 +1,255 @@
+"""The first stage of prepare: reads a log in pieces, checks and casts them, and spills events by user to disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lightning_gr.data.event_log import EventLog
+from lightning_gr.data.prepare import cells
+from lightning_gr.data.prepare.settings import PrepareSettings
+
+if TYPE_CHECKING:
+    import polars as pl
+    import pyarrow as pa
+
+USER, ITEM, TIME, ORDER = "__user", "__item", "__time", "__order"
+_BATCH_ROWS = 1 << 19
+_RAW_SHARE = 1 / 16
+"""Of the memory, how much raw log a bucket may hold: sorted and grouped it takes several times as much."""
+_MOST_BUCKETS = 512
+
+
+@dataclass
+class Counts:
+    """What was seen while reading.
+
+    Args:
+        rows: rows read.
+        bad: rows left out, by reason.
+        missing: cells of numbers and labels that hold none, by column.
+        units: times by the unit they stood in.
+    """
+
+    rows: int = 0
+    bad: dict[str, int] = field(default_factory=dict)
+    missing: dict[str, int] = field(default_factory=dict)
+    units: dict[str, int] = field(default_factory=dict)
+
+    def add(self, other: Counts) -> None:
+        """Adds another part's counts."""
+        self.rows += other.rows
+        for name in ("bad", "missing", "units"):
+            mine = getattr(self, name)
+            for key, count in getattr(other, name).items():
+                mine[key] = mine.get(key, 0) + count
+
+
+def num_buckets(log: EventLog, settings: PrepareSettings) -> int:
+    """How many parts the users are cut into, so that each fits into memory."""
+    size = sum(file.stat().st_size for file in log.files)
+    return int(min(max(-(-size // int(settings.memory_gb * 1e9 * _RAW_SHARE)), 1), _MOST_BUCKETS))
+
+
+def spill(
+    log: EventLog,
+    work: Path,
+    settings: PrepareSettings,
+    *,
+    buckets: int,
+    as_text: set[str],
+    progress: Callable[[str, int, int], None],
+) -> Counts:
+    """Spills every file that was not spilled before.
+
+    Args:
+        log: the log.
+        work: folder to spill into.
+        settings: what is kept.
+        buckets: parts the users are cut into.
+        as_text: id columns that are read as text.
+        progress: is told the stage, what is done and what there is.
+
+    Raises:
+        NotWhole: a column taken for whole numbers has something else.
+        ValueError: a file or row cannot be used; the message names it.
+    """
+    total, done = Counts(), 0
+    sizes = [file.stat().st_size for file in log.files]
+    for number, file in enumerate(log.files):
+        folder = work / "spill" / f"{number:05d}"
+        finished = folder / "finished.json"
+        if not finished.is_file():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            counts = _spill_file(log, file, number, folder, settings, buckets, as_text, progress, done, sum(sizes))
+            temporary = finished.with_suffix(".tmp")
+            temporary.write_text(json.dumps(counts.__dict__))
+            os.replace(temporary, finished)
+        total.add(Counts(**json.loads(finished.read_text())))
+        done += sizes[number]
+        progress("reading", done, sum(sizes))
+    return total
+
+
+def _spill_file(
+    log: EventLog,
+    file: Path,
+    number: int,
+    folder: Path,
+    settings: PrepareSettings,
+    buckets: int,
+    as_text: set[str],
+    progress: Callable[[str, int, int], None],
+    done: int,
+    size: int,
+) -> Counts:
+    import polars as pl
+
+    counts, rows = Counts(), 0
+    writers: dict[int, pa.RecordBatchStreamWriter] = {}
+    own = file.stat().st_size
+    try:
+        for batch in _batches(log, file):
+            lines = batch[log.row].to_numpy() if log.row else np.arange(rows, rows + len(batch)) + log.first_row
+            rows += len(batch)
+            events, of_batch = _typed(log, file, batch, lines, settings, as_text)
+            # The order of the log, across files, breaks ties of time.
+            order = (number << 48) + np.arange(rows - len(batch), rows)
+            events = events.with_columns(pl.Series(ORDER, order[of_batch.usable]))
+            _write(events, buckets, folder, writers)
+            counts.add(Counts(len(batch), of_batch.reasons, of_batch.missing, of_batch.units))
+            # How far a compressed file has been read cannot be known; a row is taken for fifty bytes at least.
+            progress("reading", done + min(own, rows * 50), size)
+    finally:
+        for writer in writers.values():
+            writer.close()
+    return counts
+
+
+def _batches(log: EventLog, file: Path) -> Iterator[pl.DataFrame]:
+    import polars as pl
+
+    wanted = [log.user_id, log.item_id, *([log.timestamp] if log.timestamp else []), *log.sparse, *log.dense]
+    wanted += [*log.labels, *([log.row] if log.row else [])]
+    if len(set(wanted)) < len(wanted):
+        twice = next(name for name in wanted if wanted.count(name) > 1)
+        raise ValueError(f"columns: {twice} is named twice; a column has one meaning")
+    try:
+        frame = log.scan(file)
+        names = frame.collect_schema().names()
+        if missing := [name for name in wanted if name not in names]:
+            raise ValueError(
+                f"{file}: has no column {missing[0]}; it has {', '.join(names)[:200]}; name yours in columns"
+            )
+        yield from frame.select(wanted).collect_batches(chunk_size=_BATCH_ROWS, maintain_order=True)
+    except pl.exceptions.PolarsError as error:
+        raise ValueError(f"{file}: cannot be read ({str(error).splitlines()[0]})") from error
+
+
+class _Batch(cells.BadRows):
+    """What is wrong with a batch, and what was counted in it."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__(np.ones(rows, dtype=bool))
+        self.missing: dict[str, int] = {}
+        self.units: dict[str, int] = {}
+
+
+def _typed(
+    log: EventLog,
+    file: Path,
+    batch: pl.DataFrame,
+    lines: np.ndarray[Any, Any],
+    settings: PrepareSettings,
+    as_text: set[str],
+) -> tuple[pl.DataFrame, _Batch]:
+    """The usable rows of a batch with typed columns."""
+    import polars as pl
+
+    bad = _Batch(len(batch))
+    try:
+        columns = [
+            cells.ids(batch[name], name, bad, as_text=name in as_text, required=True).alias(alias)
+            for name, alias in ((log.user_id, USER), (log.item_id, ITEM))
+        ]
+        if log.timestamp is not None:
+            found, bad.units = cells.times(batch[log.timestamp], log.timestamp, settings.time_unit, bad)
+            columns.append(found.alias(TIME))
+        columns += [cells.ids(batch[x], x, bad, as_text=x in as_text, required=False).alias(x) for x in log.sparse]
+        for name in (*log.dense, *log.labels):
+            found, missing = cells.numbers(batch[name], name, bad)
+            columns.append(found.alias(name))
+            bad.missing[name] = missing
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    if bad.first is not None and settings.bad_rows == "refuse":
+        row, column, what = bad.first
+        raise ValueError(f"{file}: row {int(lines[row])}, column {column}: {what}; correct it, or set bad_rows to drop")
+    frame = pl.DataFrame(columns)
+    return (frame if bad.usable.all() else frame.filter(pl.Series(bad.usable))), bad
+
+
+def bucket_of(users: pl.Series, buckets: int) -> np.ndarray[Any, Any]:
+    """The part of each user; a function of the raw id alone, on every machine and version."""
+    import polars as pl
+
+    if buckets == 1:
+        return np.zeros(len(users), dtype=np.int64)
+    if users.dtype == pl.Int64:
+        x = users.to_numpy().view(np.uint64)
+        with np.errstate(over="ignore"):
+            x = (x ^ (x >> np.uint64(33))) * np.uint64(0xFF51AFD7ED558CCD)
+            x = (x ^ (x >> np.uint64(33))) * np.uint64(0xC4CEB9FE1A85EC53)
+        return ((x ^ (x >> np.uint64(33))) % np.uint64(buckets)).astype(np.int64)
+    distinct = users.unique()
+    hashes = pl.Series([zlib.crc32(user.encode()) % buckets for user in distinct.to_list()], dtype=pl.Int64)
+    of_user = pl.DataFrame({"user": distinct, "bucket": hashes})
+    joined = users.alias("user").to_frame().join(of_user, on="user", how="left", maintain_order="left")
+    return joined["bucket"].to_numpy()
+
+
+def _write(events: pl.DataFrame, buckets: int, folder: Path, writers: dict[int, pa.RecordBatchStreamWriter]) -> None:
+    import polars as pl
+    import pyarrow as pa
+
+    if events.is_empty():
+        return
+    if buckets == 1:
+        parts = [(0, events)]
+    else:
+        bucket = pl.Series("__bucket", bucket_of(events[USER], buckets))
+        grouped = events.with_columns(bucket).partition_by("__bucket", as_dict=True, include_key=False)
+        parts = [(int(key[0]), part) for key, part in grouped.items()]
+    for key, part in parts:
+        table = part.to_arrow(compat_level=pl.CompatLevel.oldest())
+        if key not in writers:
+            options = pa.ipc.IpcWriteOptions(compression="lz4")
+            writers[key] = pa.ipc.new_stream(folder / f"{key:05d}.arrow", table.schema, options=options)
+        writers[key].write_table(table)
+
+
+def read_bucket(work: Path, bucket: int) -> pl.DataFrame:
+    """All events of a bucket, in the order of the log; no rows and no columns where there are none."""
+    import polars as pl
+    import pyarrow as pa
+
+    tables = []
+    for folder in sorted((work / "spill").iterdir()):
+        path = folder / f"{bucket:05d}.arrow"
+        if path.is_file():
+            with pa.OSFile(str(path)) as file:
+                tables.append(pa.ipc.open_stream(file).read_all())
+    if not tables:
+        return pl.DataFrame()
+    frame = pl.from_arrow(pa.concat_tables(tables))
+    assert isinstance(frame, pl.DataFrame)
+    return frame
