@@ -121,6 +121,9 @@ def _spill_file(
         for batch in _batches(log, file):
             lines = batch[log.row].to_numpy() if log.row else np.arange(rows, rows + len(batch)) + log.first_row
             rows += len(batch)
+            if (blank := batch.select(pl.all_horizontal(pl.exclude(log.row or "").is_null())).to_series()).any():
+                # Blank lines are nobody's mistake.
+                batch, lines = batch.filter(~blank), lines[~blank.to_numpy()]
             events, of_batch = _typed(log, file, batch, lines, settings, as_text)
             # The order of the log, across files, breaks ties of time.
             order = (number << 48) + np.arange(rows - len(batch), rows)
@@ -151,8 +154,9 @@ def _batches(log: EventLog, file: Path) -> Iterator[pl.DataFrame]:
                 f"{file}: has no column {missing[0]}; it has {', '.join(names)[:200]}; name yours in columns"
             )
         yield from frame.select(wanted).collect_batches(chunk_size=_BATCH_ROWS, maintain_order=True)
-    except pl.exceptions.PolarsError as error:
-        raise ValueError(f"{file}: cannot be read ({str(error).splitlines()[0]})") from error
+    except (pl.exceptions.PolarsError, OSError) as error:
+        # A compressed file that was cut off ends up here too.
+        raise ValueError(f"{file}: cannot be read ({str(error).splitlines()[0]}); get it again or repair it") from error
 
 
 class _Batch(cells.BadRows):
