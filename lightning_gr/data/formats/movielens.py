@@ -17,8 +17,26 @@ if TYPE_CHECKING:
 
 _RATINGS = ("u.data", "ratings.dat", "ratings.csv")
 _FIELDS = ["user_id", "item_id", "rating", "timestamp"]
-_GENRES_100K = tuple(
-    ["unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy", "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western"]
+_GENRES_100K = (
+    "unknown",
+    "Action",
+    "Adventure",
+    "Animation",
+    "Children's",
+    "Comedy",
+    "Crime",
+    "Documentary",
+    "Drama",
+    "Fantasy",
+    "Film-Noir",
+    "Horror",
+    "Musical",
+    "Mystery",
+    "Romance",
+    "Sci-Fi",
+    "Thriller",
+    "War",
+    "Western",
 )
 _NO_GENRES = "(no genres listed)"
 
@@ -88,12 +106,16 @@ def _read_movies(path: Path) -> pl.DataFrame:
             fields = line.split(separator)
             if not line.strip():
                 continue
-            # A title may hold the separator itself.
-            if len(fields) < 3 or (separator == "|" and len(fields) != 24):
+            # A title may hold the separator itself, and a movie may be published without genres.
+            if len(fields) < 2 or (separator == "|" and len(fields) != 24):
                 raise ValueError(f"{path}: line {number} has {len(fields)} fields; get the file again")
             ids.append(fields[0])
             flags = zip(_GENRES_100K, fields[5:], strict=True) if separator == "|" else ()
-            genres.append([name for name, flag in flags if flag == "1"] if separator == "|" else _split(fields[-1]))
+            genres.append(
+                [name for name, flag in flags if flag == "1"]
+                if separator == "|"
+                else _split(fields[-1] if len(fields) > 2 else "")
+            )
     return pl.DataFrame({"item_id": ids, "genres": genres}, schema={"item_id": pl.String, "genres": pl.List(pl.String)})
 
 
