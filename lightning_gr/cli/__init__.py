@@ -17,6 +17,7 @@ TRAINING = {
 }
 TOOLS = {
     "recipes": "ls, show NAME, cp NAME DEST: the shipped configurations",
+    "prepare": "PATH OUTPUT: an event log to an event store",
     "store": "check, info, index PATH: event stores",
     "demo": "train on two processes and show recommendations",
     "doctor": "what is installed, what fits together, what is missing",
@@ -70,6 +71,10 @@ def _dispatch(args: list[str]) -> int:
         from lightning_gr.cli import recipes
 
         return recipes.main(args[1:])
+    if command == "prepare":
+        from lightning_gr.cli import prepare
+
+        return prepare.main(args[1:])
     if command == "store":
         from lightning_gr.cli import store
 

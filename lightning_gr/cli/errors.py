@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dis
+import errno
 import os
 import sys
 import sysconfig
@@ -22,7 +23,8 @@ _SHOW = f"{TRACEBACK_VARIABLE}=1 shows where"
 _SECONDS_FOR_RANK_ZERO = 2.0
 _OUR_PACKAGES = {"lightning_gr"}
 _LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric", "lightning_utilities"}
-_MISTAKES = (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError, ImportError)
+_FILES = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
+_MISTAKES = (ValueError, ImportError, *_FILES)
 
 
 class UserError(Exception):
@@ -68,7 +70,8 @@ def one_line(error: BaseException) -> str | None:
         return boil(str(error))
     error = _unwrapped(error)
     misconfigured = any(cls.__name__ == "MisconfigurationException" for cls in type(error).__mro__)
-    if not (misconfigured or isinstance(error, _MISTAKES)) or isinstance(error, UnicodeError):
+    disk_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
+    if not (misconfigured or disk_full or isinstance(error, _MISTAKES)) or isinstance(error, UnicodeError):
         return None
     frame = _innermost(error)
     if frame is None:
@@ -91,6 +94,8 @@ def one_line(error: BaseException) -> str | None:
 def _message(error: BaseException) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror.lower()}; give another path"
+    if isinstance(error, OSError) and error.errno is not None and error.strerror:
+        return error.strerror
     return str(error) or type(error).__name__
 
 

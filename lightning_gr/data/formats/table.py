@@ -142,7 +142,7 @@ def _log(
     for meaning, name in wanted.items():
         if name not in names:
             near = difflib.get_close_matches(name, names, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(names)[:200]}"
+            hint = f"it has {', '.join(names)[:200]}" + (f"; did you mean {near[0]}?" if near else "")
             what = f"columns.{meaning}={name}" if meaning in ("user_id", "item_id", "timestamp") else f"columns: {name}"
             raise ValueError(f"{files[0]}: has no column {name} ({what}); {hint}")
     return EventLog(

@@ -301,10 +301,9 @@ class _Summary:
             dropped["duplicate"] = totals["duplicates"]
         left = counts.rows - sum(dropped.values()) - totals["kept"]
         if left:
-            dropped[
-                f"user with fewer than {settings.min_user_events} or item with fewer than {settings.min_item_events} "
-                "events"
-            ] = left
+            least = {"user": settings.min_user_events, "item": settings.min_item_events}
+            small = " or ".join(f"{what} with fewer than {n} events" for what, n in least.items() if n > 1)
+            dropped[f"of a {small}" if small.startswith("user") else f"of an {small}"] = left
         return {
             "form": self._log.form,
             "files": [file.name for file in self._log.files],

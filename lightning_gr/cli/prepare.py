@@ -1,0 +1,169 @@
+"""``lightning-gr prepare``: from an event log, in the form its owner publishes, to an event store."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning_gr.cli.errors import UserError
+
+_POSITIONAL = ("path", "output")
+
+
+def main(argv: Sequence[str]) -> int:
+    """Runs the command and returns its exit code."""
+    from lightning_gr.data.event_store.writer import refuse_to_replace
+    from lightning_gr.data.formats import open_log
+    from lightning_gr.data.prepare import prepare
+
+    arguments = _parse(_named(list(argv)))
+    for name in _POSITIONAL:
+        if arguments[name] is None:
+            raise UserError(f"prepare: {name} is missing; lightning-gr prepare PATH OUTPUT")
+    output = Path(arguments["output"])
+    refuse_to_replace(output, overwrite=arguments["overwrite"])
+    try:
+        log = open_log(arguments["path"], arguments["form"], columns=arguments["columns"], **arguments["options"])
+    except TypeError as error:
+        raise UserError(f"prepare: options={arguments['options']}: {_unknown_option(error)}") from error
+    with _Bar() as progress:
+        store = prepare(
+            log, output, settings=arguments["settings"], overwrite=arguments["overwrite"], progress=progress
+        )
+    _show(store.path, store.summary, store.num_items)
+    return 0
+
+
+def _named(words: list[str]) -> list[str]:
+    """Gives the leading words without a flag their names: a configuration file may hold them too."""
+    named = []
+    for name in _POSITIONAL:
+        if words and not words[0].startswith("-"):
+            named.append(f"--{name}={words.pop(0)}")
+    return named + words
+
+
+def _parse(words: list[str]) -> dict[str, Any]:
+    from jsonargparse import ActionConfigFile, ArgumentParser
+
+    from lightning_gr.cli.parse_errors import boil
+    from lightning_gr.data.formats import FORMS, Columns
+    from lightning_gr.data.prepare import PrepareSettings
+
+    parser = ArgumentParser(
+        prog="lightning-gr prepare",
+        usage="lightning-gr prepare PATH OUTPUT [--form FORM] [--columns.user_id NAME ...] [--config FILE]",
+        description="Writes an event store from a log. PATH is a file or a publisher's folder, OUTPUT the new folder.",
+        exit_on_error=False,
+    )
+    parser.add_argument("-c", "--config", action=ActionConfigFile, help="a YAML file with the settings below")
+    parser.add_argument("--path", type=str | None, default=None, help="the log: a file or a folder")
+    parser.add_argument("--output", type=str | None, default=None, help="where the store goes")
+    parser.add_argument("--form", type=str, default="auto", help=f"auto, or one of {', '.join(FORMS)}")
+    parser.add_argument("--overwrite", type=bool, default=False, help="replace a store that is there already")
+    parser.add_argument(
+        "--options", type=dict[str, Any], default={}, help="of the form, as filter: turbogr of kuairand"
+    )
+    parser.add_class_arguments(Columns, "columns", help="what the columns of a table mean")
+    parser.add_class_arguments(PrepareSettings, as_group=True)
+    try:
+        found = parser.parse_args(words)
+        settings = {name: found.pop(name) for name in PrepareSettings.__dataclass_fields__}
+        columns = found.columns.as_dict()
+    except argparse.ArgumentError as error:
+        raise UserError(f"prepare: {boil(str(error))}") from error
+    return {
+        "path": found.path,
+        "output": found.output,
+        "form": found.form,
+        "overwrite": found.overwrite,
+        "options": dict(found.options),
+        "columns": Columns(**columns),
+        "settings": PrepareSettings(**settings),
+    }
+
+
+def _unknown_option(error: TypeError) -> str:
+    return str(error).rpartition("() ")[2] + "; see the form's options in docs/data.md"
+
+
+class _Bar:
+    """A progress bar with the time left; silent where nobody watches."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        self._shown = console.is_terminal
+        self._bar = Progress(
+            TextColumn("{task.description:<10}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not self._shown,
+        )
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> Callable[[str, int, int], None]:
+        self._bar.start()
+        return self._update
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def _update(self, stage: str, done: int, total: int) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bar.add_task(stage, total=total)
+        self._bar.update(self._tasks[stage], completed=done, total=total)
+
+
+def _show(path: Path, summary: dict[str, Any], num_items: int) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{path} ({summary['form']})", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+
+    def row(what: str, value: Any) -> None:
+        table.add_row(what, f"{value:,}" if isinstance(value, int | float) else str(value))
+
+    row("rows read", summary["rows_read"])
+    for reason, count in summary["dropped"].items():
+        row(f"dropped, {reason}", count)
+    row("events", summary["events_kept"])
+    row("users", summary["users"])
+    row("items", num_items)
+    row("events a user, mean", summary["mean_length"])
+    row("median, 99 %, longest", f"{summary['median_length']:,}, {summary['p99_length']:,}, {summary['longest']:,}")
+    if summary["first_time"] is not None:
+        row("from", _date(summary["first_time"]))
+        row("to", _date(summary["last_time"]))
+    for what, name in (
+        ("duplicate events", "duplicates"),
+        ("events out of order, sorted", "out_of_order"),
+        ("users with one event", "users_with_one_event"),
+    ):
+        if summary[name]:
+            row(what, summary[name])
+    for name, count in summary["missing"].items():
+        row(f"events without {name}", count)
+    if len(summary["time_units"]) > 1:
+        row("times of mixed units", ", ".join(f"{n:,} in {unit}" for unit, n in summary["time_units"].items()))
+    console = Console()
+    console.print(table, highlight=False)
+    console.print(f"lightning-gr fit --config hstu/tiny --data.init_args.path {path}", highlight=False, soft_wrap=True)
+
+
+def _date(seconds: int) -> str:
+    from datetime import datetime, timezone
+
+    try:
+        return f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%d %H:%M} UTC"
+    except (OverflowError, ValueError, OSError):
+        return f"{seconds} s"
