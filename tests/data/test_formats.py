@@ -179,7 +179,10 @@ def test_generated_lengths_have_a_tail_and_items_are_popular() -> None:
         (lambda d: _file(d / "x.csv", b""), r"x\.csv: the file is empty"),
         (lambda d: _file(d / "x.bin", b"\x00\x01 nothing known"), r"x\.bin: no log that is known here; give the form"),
         (lambda d: _file(d / "x.csv", b"uid,sku\n1,2\n"), r"x\.csv: has no column user_id .*it has uid, sku"),
-        (lambda d: _file(d / "x.csv", b"user_ids,item_id\n1,2\n"), r"has no column user_id .*it has user_ids, item_id; did you mean user_ids\?"),
+        (
+            lambda d: _file(d / "x.csv", b"user_ids,item_id\n1,2\n"),
+            r"has no column user_id .*it has user_ids, item_id; did you mean user_ids\?",
+        ),
         (lambda d: _file(d / "x.inter", b"user_id:int\titem_id:token\n"), r"line 1 has the field 'user_id:int'"),
         (lambda d: _file(d / "x.inter", b"user_id:token\trating:float\n"), r"the header has 1 token\(s\)"),
         (lambda d: _file(d / "x.jsonl", b'{"user_id": 1}\n'), r"x\.jsonl: has no column item_id"),
