@@ -1,0 +1,87 @@
+"""docs/data.md, followed by somebody who types what it says."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from lightning_gr.data.synthetic import write_synthetic_log
+from lightning_gr.data.synthetic_formats import write_like
+from tests.test_readme import ROOT, run, shell
+
+TEXT = (ROOT / "docs" / "data.md").read_text()
+COMMANDS = re.findall(r"^lightning-gr .*$", "\n".join(re.findall(r"^```bash\n(.*?)^```", TEXT, re.M | re.S)), re.M)
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("guide")
+    write_synthetic_log(folder / "events.csv", num_users=80, num_items=40, mean_length=10, max_length=20)
+    log = pl.read_csv(folder / "events.csv")
+    shop = log.select(uid="user_id", sku="item_id", ts="timestamp", bought="click").with_columns(
+        shop=pl.lit("a"), device=pl.lit(1), price=pl.lit(2.5)
+    )
+    shop.write_csv(folder / "shop.csv")
+    (folder / "prepare.yaml").write_text(
+        next(x for x in re.findall(r"^```yaml\n(.*?)^```", TEXT, re.M | re.S) if "sku" in x)
+    )
+    write_like("kuairand", folder / "KuaiRand-1K", seed=3, num_users=60, num_items=25)
+    return folder
+
+
+def words(line: str) -> list[str]:
+    import shlex
+
+    return [*shell("lightning-gr"), *shlex.split(line)[1:]]
+
+
+def test_the_guide_has_the_commands_that_are_tried_here() -> None:
+    assert [line.split()[1] for line in COMMANDS] == ["prepare", "fit", "prepare", "prepare", "store", "store"]
+
+
+def test_from_a_csv_to_a_running_fit(folder: Path) -> None:
+    prepare, fit = COMMANDS[:2]
+    said = run(words(prepare), folder)
+    assert "rows read" in said
+    assert f"{fit}\n" in said
+    assert "val/NDCG@10" in run([*words(fit), "--trainer.max_epochs=2"], folder)
+    assert "sound" in run(words("lightning-gr store check store"), folder)
+
+
+def test_columns_with_other_names_from_a_file(folder: Path) -> None:
+    run(words(COMMANDS[3]), folder)
+    said = run(words("lightning-gr store info shop-store"), folder)
+    for line in ("shop: sparse", "price: dense", "bought: label"):
+        assert line in said
+
+
+def test_turbogrs_preprocessing(folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "KuaiRand-1K", tmp_path / "KuaiRand-1K")
+    said = run(words(COMMANDS[2]), tmp_path)
+    assert "kuairand, turbogr filter" in said
+    assert "user with fewer than 5" in said
+
+
+def test_parquet_of_another_system(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "store" / "events").mkdir(parents=True)
+    rows = {"user_id": ["a", "b"], "item_id": [[0, 1], [2]], "timestamp": [[1, 2], [3]], "bought": [[1.0, 0.0], [1.0]]}
+    pl.DataFrame(rows).write_parquet(tmp_path / "store" / "events" / "part-0.parquet")
+    assert "bought: label" in run(words(COMMANDS[4]), tmp_path)
+    assert "sound; 2 users" in run(words(COMMANDS[5]), tmp_path)
+
+
+def test_its_settings_of_fit_are_settings(folder: Path) -> None:
+    """The YAML of splits and streams is taken by the command, down to the class of the split."""
+    for number, block in enumerate(
+        x for x in re.findall(r"^```yaml\n(.*?)^```", TEXT, re.M | re.S) if "class_path" in x
+    ):
+        (folder / f"part-{number}.yaml").write_text(block)
+        said = run(
+            [*words("lightning-gr fit --config hstu/tiny --config"), f"part-{number}.yaml", "--print_config"], folder
+        )
+        assert "ByTime" in said or "StreamDataModule" in said
