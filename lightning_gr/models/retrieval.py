@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -83,8 +84,16 @@ class RetrievalModule(pl.LightningModule):
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
-        if temperature <= 0:
+        if loss not in ("full_softmax", "sampled_softmax"):
+            raise MisconfigurationException(f"loss={loss!r}: expected full_softmax or sampled_softmax")
+        if similarity not in ("cosine", "dot"):
+            raise MisconfigurationException(f"similarity={similarity!r}: expected cosine or dot")
+        if not 0 < temperature < math.inf:
             raise MisconfigurationException(f"temperature={temperature}: expected a number above 0")
+        if not 0 <= embedding_std < math.inf:
+            raise MisconfigurationException(f"embedding_std={embedding_std}: expected a number of at least 0")
+        if top_k and min(top_k) < 1:
+            raise MisconfigurationException(f"top_k={top_k}: expected cut-offs of at least 1")
         if num_items is not None and num_items < 1:
             raise MisconfigurationException(f"num_items={num_items}: expected at least 1, or leave it out")
         self.encoder = encoder
