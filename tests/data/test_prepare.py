@@ -115,8 +115,8 @@ def test_every_event_is_kept_with_all_it_has(
     assert summary["missing"].get("bought", 0) == sum(row[5] is None for row in rows)
     late = 0
     for user in lengths:
-        times = [row[2] for row in spelt if row[0] == user]
-        late += sum(b < a for a, b in zip(times, times[1:], strict=False))
+        places = sorted((row[2], i) for i, row in enumerate(spelt) if row[0] == user)
+        late += sum(b < a for (_, a), (_, b) in zip(places, places[1:], strict=False))
     assert summary["out_of_order"] == late
 
 

@@ -1,37 +1,72 @@
-"""Text files as published: first lines, whole small files in their own encoding, and big ones line by line."""
+"""Text files as published: first lines, small files in their own encoding, and big ones line by line."""
 
 from __future__ import annotations
 
 import gzip
+import json
 import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 if TYPE_CHECKING:
     import polars as pl
 
 _NO_SEPARATOR = "\x01"
+_GZIP, _ZSTD = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """The bytes of a file; compressed ones, known by their content as polars does it, are unpacked as they are read.
+
+    Raises:
+        ValueError: the compressed file was cut off or is none.
+    """
+    with path.open("rb") as raw:
+        magic = raw.read(4)
+        raw.seek(0)
+        try:
+            if magic.startswith(_GZIP):
+                with gzip.open(raw) as unpacked:
+                    yield cast(BinaryIO, unpacked)
+            elif magic == _ZSTD:
+                import pyarrow as pa
+
+                with pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd") as stream:
+                    yield cast(BinaryIO, stream)
+            else:
+                yield raw
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise ValueError(f"{path}: no gzip file that can be read ({error}); get it again") from error
+
+
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Number, from 1, and text of each line that is not blank: UTF-8, or Latin-1 where a line is not.
+
+    Only a line feed ends a line: in Latin-1, titles hold bytes that Python takes for other line ends.
+    """
+    with opened(path) as file:
+        for number, raw in enumerate(file, start=1):
+            raw = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError:
+                line = raw.decode("latin-1")
+            if line.strip():
+                yield number, line.rstrip("\r\n")
+
+
+def first_lines(path: Path, count: int) -> list[str]:
+    """The first lines that are not blank."""
+    return [line for _, line in islice(lines(path), count)]
 
 
 def first_line(path: Path) -> str:
-    """The first line that is not blank, whatever its encoding; empty where there is none."""
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for raw in file:
-                if line := raw.decode("utf-8-sig", errors="replace").strip():
-                    return line
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"{path}: no gzip file that can be read ({error}); get it again") from error
-    return ""
-
-
-def whole(path: Path) -> str:
-    """A small file: UTF-8, or Latin-1 where it is not, as older publishers write."""
-    raw = path.read_bytes()
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return raw.decode("latin-1")
+    """The first line that is not blank, stripped; empty where there is none."""
+    return next(iter(first_lines(path, 1)), "").strip()
 
 
 def scan_lines(path: Path) -> pl.LazyFrame:
@@ -51,9 +86,64 @@ def scan_lines(path: Path) -> pl.LazyFrame:
     return frame.filter(pl.col("line").is_not_null() & (pl.col("line") != ""))
 
 
-def scan_fields(path: Path, separator: str, names: list[str]) -> pl.LazyFrame:
-    """Fields of a file without header whose separator may have more than one character, and ``row``."""
+def scan_fields(path: Path, separator: str, names: Sequence[str]) -> pl.LazyFrame:
+    """Fields of a file without header whose separator may have more than one character, and ``row``.
+
+    Fields that a line lacks are null; what it has too many stays with the last, which is then no number.
+    """
     import polars as pl
 
-    fields = scan_lines(path).with_columns(pl.col("line").str.split(separator))
-    return fields.select("row", *(pl.col("line").list.get(i, null_on_oob=True).alias(x) for i, x in enumerate(names)))
+    fields = pl.col("line").str.splitn(separator, len(names)).struct.rename_fields(list(names))
+    return scan_lines(path).select("row", fields.struct.unnest())
+
+
+def scan_json(path: Path, keys: Sequence[str]) -> pl.LazyFrame:
+    """The values of some keys of JSON lines, as text, and ``row``; a missing key is null.
+
+    Reading it raises polars' `ComputeError`, with the number of the line, where that is no JSON object.
+    """
+    import polars as pl
+
+    kind = pl.Struct(dict.fromkeys(keys, pl.String))
+
+    def decode(batch: pl.Series) -> pl.Series:
+        text = batch.struct.field("line")
+        try:
+            found = text.str.json_decode(kind)
+        except pl.exceptions.ComputeError:
+            # NaN, or no JSON: line by line, so that the culprit can be named.
+            rows = zip(batch.struct.field("row"), text, strict=True)
+            return pl.Series("line", [_decoded(row, line, keys) for row, line in rows], dtype=kind)
+        empty = found.struct.unnest().select(pl.all_horizontal(pl.all().is_null())).to_series()
+        if empty.any():
+            # Such a line must not pass for a blank one.
+            row = int(batch.struct.field("row").filter(empty)[0])
+            raise pl.exceptions.ComputeError(f"line {row} has none of the keys {', '.join(keys)}")
+        return found
+
+    both = pl.struct("row", "line").map_batches(decode, return_dtype=kind, is_elementwise=True).alias("line")
+    return scan_lines(path).select("row", both).unnest("line")
+
+
+def _decoded(row: int, line: str, keys: Sequence[str]) -> dict[str, str | None]:
+    import polars as pl
+
+    try:
+        found = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise pl.exceptions.ComputeError(f"line {row} is no JSON: {line[:40]!r}") from error
+    if not isinstance(found, dict) or all(found.get(key) is None for key in keys):
+        raise pl.exceptions.ComputeError(f"line {row} is no JSON object with {', '.join(keys)}: {line[:40]!r}")
+    return {key: _as_text(row, key, found.get(key)) for key in keys}
+
+
+def _as_text(row: int, key: str, value: Any) -> str | None:
+    import polars as pl
+
+    if isinstance(value, list | dict):
+        raise pl.exceptions.ComputeError(f"line {row}, key {key}: a list or object; expected a number or text")
+    if value is None or value != value:
+        return None
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

@@ -229,20 +229,22 @@ class _Run:
         """A bucket's users, one row each, and what there is to say of them."""
         import polars as pl
 
-        raw = read_bucket(self._work, bucket)
-        columns = [name for name in raw.columns if name != ORDER]
-        duplicates = len(raw) - raw.select(columns).n_unique() if len(raw) else 0
-        events = self._core.keep(self._read(bucket) if self._settings.duplicates == "drop" else raw)
         timed = self._log.timestamp is not None
-        notes: dict[str, Any] = {"usable": len(raw), "duplicates": duplicates, "kept": len(events), "late": 0}
-        if events.is_empty():
-            events = self._nothing() if raw.is_empty() else events
+        by_time = [USER, *([TIME] if timed else [])]
+        raw = read_bucket(self._work, bucket)
+        raw = raw.sort(*by_time, ORDER) if len(raw) else self._nothing()
+        columns = [name for name in raw.columns if name != ORDER]
+        # Rows that repeat each other lie among neighbours of one user and time.
+        same = pl.all_horizontal(pl.col(name) == pl.col(name).shift(1) for name in by_time).fill_null(False)
+        twins = raw.filter(same | same.shift(-1, fill_value=False))
+        notes: dict[str, Any] = {"usable": len(raw), "duplicates": len(twins) - twins.select(columns).n_unique()}
+        if self._settings.duplicates == "drop" and notes["duplicates"]:
+            raw = raw.unique(columns, keep="first", maintain_order=True)
+        events = self._core.keep(raw)
+        same_user = events[USER] == events[USER].shift(1)
+        notes |= {"kept": len(events), "late": int((same_user & (events[ORDER] < events[ORDER].shift(1))).sum())}
         if timed and len(events):
-            events = events.sort(USER, ORDER)
-            late = (events[USER] == events[USER].shift(1)) & (events[TIME] < events[TIME].shift(1))
-            notes["late"] = int(late.fill_null(False).sum())
             notes["times"] = [int(events[TIME].min()) // 10**6, int(events[TIME].max()) // 10**6]  # type: ignore[arg-type]
-        events = events.sort(USER, *([TIME] if timed else []), ORDER) if len(events) else events
         coded = {"item_id": self._vocabularies[ITEM].encode(events[ITEM])}
         if timed:
             coded["timestamp"] = events[TIME] // 10**6
