@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import csv
-import io
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_gr.data.event_log import EventLog, Features
-from lightning_gr.data.formats.text import first_line, scan_fields, whole
+from lightning_gr.data.formats.text import first_line, lines, scan_fields
 
 if TYPE_CHECKING:
     import polars as pl
 
 _RATINGS = ("u.data", "ratings.dat", "ratings.csv")
-_FIELDS = ["user_id", "item_id", "rating", "timestamp"]
+_FIELDS = ("user_id", "item_id", "rating", "timestamp")
+_HEADER = ("userId", "movieId", "rating", "timestamp")
 _GENRES_100K = (
     "unknown",
     "Action",
@@ -38,17 +37,25 @@ _GENRES_100K = (
     "War",
     "Western",
 )
+_FIELDS_100K = 5 + len(_GENRES_100K)
 _NO_GENRES = "(no genres listed)"
 
 
 def recognise(path: Path) -> str | None:
     """`movielens`, or None."""
     if path.is_dir():
-        return "movielens" if any((path / name).is_file() for name in _RATINGS) else None
-    line = first_line(path)
-    if re.fullmatch(r"\d+::\d+::[\d.]+::\d+", line) or line.startswith("userId,movieId,rating,timestamp"):
-        return "movielens"
-    return "movielens" if re.fullmatch(r"\d+\t\d+\t[1-5]\t\d{9,}", line) else None
+        return "movielens" if any((path / name).is_file() and _form(path / name) for name in _RATINGS) else None
+    return "movielens" if _form(path) else None
+
+
+def _form(ratings: Path) -> str | None:
+    """The separator of a file of ratings, or None where it is none."""
+    line = first_line(ratings)
+    if line.replace('"', "").split(",")[:4] == list(_HEADER):
+        return ","
+    if re.fullmatch(r"\d+::\d+::[\d.]+::\d+", line):
+        return "::"
+    return "\t" if re.fullmatch(r"\d+\t\d+\t[1-5]\t\d{9,}", line) else None
 
 
 def open_movielens(path: Path) -> EventLog:
@@ -56,14 +63,22 @@ def open_movielens(path: Path) -> EventLog:
 
     Args:
         path: the folder, or the file of ratings.
+
+    Raises:
+        FileNotFoundError: no file of ratings is in the folder.
+        ValueError: the file has not the form of MovieLens ratings.
     """
     import polars as pl
 
     ratings = path if path.is_file() else next((path / name for name in _RATINGS if (path / name).is_file()), None)
     if ratings is None:
         raise FileNotFoundError(f"{path}: none of {', '.join(_RATINGS)} is there")
-    line = first_line(ratings)
-    separator = "::" if "::" in line else "\t" if "\t" in line else ","
+    separator = _form(ratings)
+    if separator is None:
+        raise ValueError(
+            f"{ratings}: line 1 {first_line(ratings)[:60]!r} is no MovieLens rating; expected user::movie::rating::"
+            f"seconds, the same with tabs, or the header {','.join(_HEADER)}"
+        )
 
     def scan(file: Path) -> pl.LazyFrame:
         if separator == ",":
@@ -72,7 +87,13 @@ def open_movielens(path: Path) -> EventLog:
             )
         return scan_fields(file, separator, _FIELDS)
 
-    movies, users = _movies(ratings), _users(ratings)
+    movies, users = _beside(ratings, "movies", "u.item"), _beside(ratings, "users", "u.user")
+    items = users_of = None
+    if movies is not None:
+        items = Features(frame=lambda: _read_movies(movies), key="item_id", sparse=("genres",))
+    if users is not None:
+        sparse = ("gender", "age", "occupation", "zip")
+        users_of = Features(frame=lambda: _read_users(users), key="user_id", sparse=sparse)
     return EventLog(
         form="movielens",
         files=(ratings,),
@@ -80,53 +101,45 @@ def open_movielens(path: Path) -> EventLog:
         labels=("rating",),
         row=None if separator == "," else "row",
         first_row=2,
-        items=Features(frame=movies, key="item_id", sparse=("genres",)) if movies else None,
-        users=Features(frame=users, key="user_id", sparse=("gender", "age", "occupation", "zip")) if users else None,
+        items=items,
+        users=users_of,
     )
 
 
-def _movies(ratings: Path) -> Callable[[], pl.DataFrame] | None:
-    beside = [ratings.with_name(ratings.name.replace("ratings", "movies")), ratings.with_name("u.item")]
-    path = next((file for file in beside if file.is_file() and file != ratings), None)
-    return None if path is None else lambda: _read_movies(path)
+def _beside(ratings: Path, kind: str, of_100k: str) -> Path | None:
+    name = of_100k if ratings.name == "u.data" else ratings.name.replace("ratings", kind)
+    return ratings.with_name(name) if name != ratings.name and ratings.with_name(name).is_file() else None
 
 
 def _read_movies(path: Path) -> pl.DataFrame:
     import polars as pl
 
-    ids, genres = [], []
-    text = whole(path)
+    ids: list[str] = []
+    genres: list[list[str]] = []
     if path.suffix == ".csv":
-        for row in csv.DictReader(io.StringIO(text)):
+        rows = csv.DictReader(line for _, line in lines(path))
+        if missing := [name for name in ("movieId", "genres") if name not in (rows.fieldnames or ())]:
+            raise ValueError(f"{path}: has no column {missing[0]}; it has {', '.join(rows.fieldnames or ())[:200]}")
+        for row in rows:
             ids.append(row["movieId"])
-            genres.append(_split(row["genres"]))
+            genres.append(_split(row["genres"] or ""))
     else:
         separator = "|" if path.name == "u.item" else "::"
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in lines(path):
             fields = line.split(separator)
-            if not line.strip():
-                continue
             # A title may hold the separator itself, and a movie may be published without genres.
-            if len(fields) < 2 or (separator == "|" and len(fields) != 24):
+            if len(fields) < 2 or (separator == "|" and len(fields) != _FIELDS_100K):
                 raise ValueError(f"{path}: line {number} has {len(fields)} fields; get the file again")
             ids.append(fields[0])
-            flags = zip(_GENRES_100K, fields[5:], strict=True) if separator == "|" else ()
-            genres.append(
-                [name for name, flag in flags if flag == "1"]
-                if separator == "|"
-                else _split(fields[-1] if len(fields) > 2 else "")
-            )
+            if separator == "|":
+                genres.append([name for name, flag in zip(_GENRES_100K, fields[5:], strict=True) if flag == "1"])
+            else:
+                genres.append(_split(fields[-1] if len(fields) > 2 else ""))
     return pl.DataFrame({"item_id": ids, "genres": genres}, schema={"item_id": pl.String, "genres": pl.List(pl.String)})
 
 
 def _split(genres: str) -> list[str]:
     return [] if genres in ("", _NO_GENRES) else genres.split("|")
-
-
-def _users(ratings: Path) -> Callable[[], pl.DataFrame] | None:
-    beside = [ratings.with_name("users.dat"), ratings.with_name("u.user")]
-    path = next((file for file in beside if file.is_file()), None)
-    return None if path is None else lambda: _read_users(path)
 
 
 def _read_users(path: Path) -> pl.DataFrame:
@@ -136,7 +149,9 @@ def _read_users(path: Path) -> pl.DataFrame:
     if path.name == "u.user":
         order = ["user_id", "age", "gender", "occupation", "zip"]
     separator = "|" if path.name == "u.user" else "::"
-    rows = [line.split(separator) for line in whole(path).splitlines() if line.strip()]
-    if wrong := next((i for i, row in enumerate(rows, start=1) if len(row) != 5), None):
-        raise ValueError(f"{path}: line {wrong} has {len(rows[wrong - 1])} fields instead of 5; get the file again")
+    rows = []
+    for number, line in lines(path):
+        rows.append(line.split(separator))
+        if len(rows[-1]) != len(order):
+            raise ValueError(f"{path}: line {number} has {len(rows[-1])} fields instead of 5; get the file again")
     return pl.DataFrame(rows, schema=dict.fromkeys(order, pl.String), orient="row")
