@@ -98,7 +98,7 @@ def test_movies_have_their_genres(form: str, tmp_path: Path) -> None:
 def test_kuairand_has_its_features_and_signals(tmp_path: Path) -> None:
     log, events = open_like("kuairand", tmp_path / "published")
     store = prepare(log, tmp_path / "store")
-    assert item_feature(store, "tag") == {i: sorted(map(str, tags_of(i))) for i in {e.item for e in events}}
+    assert item_feature(store, "tag") == {i: sorted(tags_of(i)) for i in {e.item for e in events}}
     durations = dict(zip(store.items()["item_id"], store.items()["video_duration"], strict=True))
     assert all(np.isnan(x) if i % 4 == 0 else x == 9000 + i for i, x in durations.items())
     rows = store.read_group(0, ["user_active_degree", "onehot_feat4", "fans_user_num"])

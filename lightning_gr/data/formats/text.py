@@ -59,15 +59,6 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
                 yield number, line.rstrip("\r\n")
 
 
-def whole(path: Path) -> str:
-    """A small file: UTF-8, or Latin-1 where it is not, as older publishers write."""
-    raw = path.read_bytes()
-    try:
-        return raw.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return raw.decode("latin-1")
-
-
 def first_lines(path: Path, count: int) -> list[str]:
     """The first lines that are not blank."""
     return [line for _, line in islice(lines(path), count)]
