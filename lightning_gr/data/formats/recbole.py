@@ -17,7 +17,7 @@ _TYPES = ("token", "float", "token_seq", "float_seq")
 def recognise(path: Path) -> str | None:
     """`recbole`, or None."""
     if path.is_dir():
-        return "recbole" if len(list(path.glob("*.inter"))) == 1 else None
+        return "recbole" if any(path.glob("*.inter")) else None
     return "recbole" if path.suffix == ".inter" else None
 
 
@@ -29,11 +29,22 @@ def open_recbole(path: Path) -> EventLog:
 
     Args:
         path: the ``.inter`` file, or its folder.
+
+    Raises:
+        FileNotFoundError: no ``.inter`` file is in the folder.
+        ValueError: a header cannot be used, or the folder has several ``.inter`` files.
     """
-    inter = path if path.is_file() else next(iter(sorted(path.glob("*.inter"))), None)
-    if inter is None:
+    found = [path] if path.is_file() else sorted(path.glob("*.inter"))
+    if not found:
         raise FileNotFoundError(f"{path}: no .inter file is there")
+    if len(found) > 1:
+        raise ValueError(f"{path}: the folder has {', '.join(file.name for file in found)[:200]}; give one of them")
+    inter = found[0]
     header = _header(inter)
+    if lists := [name for name, kind in header.items() if kind == "token_seq"]:
+        raise ValueError(
+            f"{inter}: {lists[0]} is a sequence: samples cut beforehand; give the log with one row an event"
+        )
     tokens = [name for name, kind in header.items() if kind == "token"]
     if len(tokens) < 2:
         raise ValueError(f"{inter}: the header has {len(tokens)} token(s); expected a user and an item")
@@ -43,7 +54,7 @@ def open_recbole(path: Path) -> EventLog:
     labels = tuple(name for name in floats if name in ("rating", "label", "click"))
 
     def scan(file: Path) -> pl.LazyFrame:
-        return _scan(file, list(_header(file)))
+        return _scan(file, list(_header(file))).with_row_index("__row", 2)
 
     return EventLog(
         form="recbole",
@@ -55,7 +66,7 @@ def open_recbole(path: Path) -> EventLog:
         sparse=tuple(name for name in tokens if name not in (user, item)),
         dense=tuple(name for name in floats if name != "timestamp" and name not in labels),
         labels=labels,
-        first_row=2,
+        row="__row",
         users=_features(inter.with_suffix(".user"), user),
         items=_features(inter.with_suffix(".item"), item),
     )
@@ -79,8 +90,6 @@ def _scan(path: Path, names: list[str]) -> pl.LazyFrame:
     return pl.scan_csv(
         path,
         separator="\t",
-        skip_rows=1,
-        has_header=False,
         new_columns=names,
         infer_schema=False,
         quote_char=None,
@@ -100,7 +109,11 @@ def _features(path: Path, key: str) -> Features | None:
 
     def read() -> pl.DataFrame:
         split = [pl.col(name).str.split(" ").list.eval(pl.element().filter(pl.element() != "")) for name in lists]
-        return _scan(path, list(header)).with_columns(split).collect()
+        try:
+            return _scan(path, list(header)).select(key, *sparse, *dense).with_columns(split).collect()
+        except pl.exceptions.PolarsError as error:
+            raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]}); get it again") from error
 
     sparse = tuple(name for name, kind in header.items() if kind in ("token", "token_seq") and name != key)
-    return Features(frame=read, key=key, sparse=sparse, dense=tuple(n for n, kind in header.items() if kind == "float"))
+    dense = tuple(name for name, kind in header.items() if kind == "float")
+    return Features(frame=read, key=key, sparse=sparse, dense=dense)

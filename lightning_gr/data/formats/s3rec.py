@@ -16,26 +16,43 @@ if TYPE_CHECKING:
 def recognise(path: Path) -> str | None:
     """`s3rec`, or None."""
     if path.is_dir():
-        return None
-    words = first_line(path).split(" ")
-    whole = len(words) >= 2 and all(word.lstrip("-").isdigit() for word in words)
-    return "s3rec" if whole else None
+        return "s3rec" if len(_sequences(path)) == 1 else None
+    words = first_line(path).split()
+    # Four tabbed numbers are a MovieLens rating, which is asked first.
+    return "s3rec" if len(words) >= 2 and all(word.removeprefix("-").isdigit() for word in words) else None
+
+
+def _sequences(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.glob("*.txt")) if recognise(file)]
 
 
 def open_s3rec(path: Path, *, attributes: str | None = None) -> EventLog:
     """``user item item ...``, and item attributes as a multi-hot feature where they are published beside it.
 
     Args:
-        path: the sequence file.
+        path: the sequence file, or a folder with one.
         attributes: a JSON object of attribute numbers by item; None looks for one beside the file.
-    """
-    import polars as pl
 
+    Raises:
+        FileNotFoundError: the file of attributes is not there.
+        ValueError: the first line is no sequence, or the folder has no or several sequence files.
+    """
+    if path.is_dir():
+        files = _sequences(path)
+        if len(files) != 1:
+            found = f"{len(files)} sequence files: {', '.join(file.name for file in files)}"[:200]
+            raise ValueError(f"{path}: the folder has {found.rstrip(': ')}; give one file")
+        path = files[0]
+    line = first_line(path)
+    if len(line.split()) < 2 or any(mark in line for mark in ",;{|"):
+        raise ValueError(f"{path}: line 1 {line[:60]!r} is no sequence; expected user item item ...")
     beside = Path(attributes) if attributes else _beside(path)
     if attributes and (beside is None or not beside.is_file()):
         raise FileNotFoundError(f"attributes={attributes}: no such file")
 
     def scan(file: Path) -> pl.LazyFrame:
+        import polars as pl
+
         words = scan_lines(file).with_columns(pl.col("line").str.extract_all(r"\S+"))
         return words.select("row", user_id=pl.col("line").list.first(), item_id=pl.col("line").list.slice(1)).explode(
             "item_id", empty_as_null=True

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import csv
 import difflib
+import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_gr.data.event_log import EventLog
-from lightning_gr.data.formats.text import first_line
+from lightning_gr.data.formats.text import first_line, first_lines, opened, scan_json
 
 if TYPE_CHECKING:
     import polars as pl
 
 _SEPARATORS = ",\t;|"
+_ENDINGS = {"csv": (".csv", ".tsv"), "parquet": (".parquet", ".pq"), "jsonl": (".jsonl", ".ndjson", ".json")}
+_SNIFFED = 1000
+"""Lines of JSON whose keys are taken for those of the file."""
 
 
 @dataclass(frozen=True)
@@ -42,86 +48,125 @@ class Columns:
 
 def recognise(path: Path) -> str | None:
     """`csv`, `parquet`, `jsonl`, or None."""
-    files = _files(path) if path.is_dir() else [path]
+    if path.is_dir():
+        kinds = [kind for kind in _ENDINGS if _of_kind(path, kind)]
+        if len(kinds) > 1:
+            raise ValueError(f"{path}: holds files of {' and '.join(kinds)}; give the form, one of {', '.join(kinds)}")
+        if kinds:
+            return kinds[0]
+    files = _files(path, None)
     if not files:
         return None
-    first = files[0]
-    with first.open("rb") as file:
+    with opened(files[0]) as file:
         if file.read(4) == b"PAR1":
             return "parquet"
-    line = first_line(first)
+    line = first_line(files[0])
     if line.startswith("{"):
         return "jsonl"
-    return "csv" if any(separator in line for separator in _SEPARATORS) else None
+    # A name or number says nothing on its own, and neither does what is no text.
+    return "csv" if line.isprintable() and any(separator in line for separator in _SEPARATORS) or "\t" in line else None
 
 
 def open_csv(path: Path, *, columns: Columns, separator: str | None = None) -> EventLog:
     """CSV with a header; also with tabs, semicolons or bars, and compressed by gzip or zstd.
 
     Args:
-        path: a file, or a folder of files with one header.
+        path: a file, a folder of files with one header, or a pattern as ``log/2024-*.csv``.
         columns: what the columns mean.
         separator: between fields; None takes the one that the first line has most of.
     """
-    import polars as pl
-
-    files = _files(path)
+    if separator is not None and len(separator.encode()) != 1:
+        raise ValueError(f"separator={separator!r}: expected one character of ASCII")
+    files = _files(path, "csv")
     line = first_line(files[0])
-    separator = separator or max(_SEPARATORS, key=line.count)
-    header = next(csv.reader([line], delimiter=separator))
+    chosen = separator or max(_SEPARATORS, key=line.count)
 
     def scan(file: Path) -> pl.LazyFrame:
-        frame = pl.scan_csv(file, infer_schema=False, encoding="utf8-lossy", separator=separator)
+        import polars as pl
+
+        frame = pl.scan_csv(file, infer_schema=False, encoding="utf8-lossy", separator=chosen)
         names = frame.collect_schema().names()
         return frame.rename({name: name.strip() for name in names if name != name.strip()})
 
-    return _log("csv", files, scan, columns, [name.strip() for name in header], first_row=2)
+    def names(file: Path) -> list[str]:
+        header = [name.strip() for name in next(csv.reader([first_line(file)], delimiter=chosen), [])]
+        if twice := [name for name in header if header.count(name) > 1]:
+            raise ValueError(f"{file}: has two columns {twice[0]}; rename one")
+        return header
+
+    return _log("csv", files, scan, columns, names, first_row=2)
 
 
 def open_parquet(path: Path, *, columns: Columns) -> EventLog:
     """Parquet with one row an event.
 
     Args:
-        path: a file, or a folder of files.
+        path: a file, a folder of files, or a pattern as ``log/day=*/*.parquet``.
         columns: what the columns mean.
     """
     import polars as pl
 
-    files = _files(path)
-    try:
-        names = pl.read_parquet_schema(files[0])
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise ValueError(f"{files[0]}: no Parquet file that can be read ({str(error).splitlines()[0]})") from error
-    return _log("parquet", files, pl.scan_parquet, columns, list(names), first_row=1)
+    def names(file: Path) -> list[str]:
+        try:
+            return list(pl.read_parquet_schema(file))
+        except (pl.exceptions.PolarsError, OSError) as error:
+            raise ValueError(f"{file}: no Parquet file that can be read ({str(error).splitlines()[0]})") from error
+
+    return _log("parquet", _files(path, "parquet"), pl.scan_parquet, columns, names, first_row=1)
 
 
 def open_jsonl(path: Path, *, columns: Columns) -> EventLog:
     """JSON lines, one object an event; also compressed by gzip or zstd.
 
     Args:
-        path: a file, or a folder of files.
+        path: a file, a folder of files, or a pattern as ``log/*.jsonl.gz``.
         columns: what the keys mean.
     """
     import polars as pl
 
-    files = _files(path)
-    try:
-        names = pl.scan_ndjson(files[0], infer_schema_length=1000).collect_schema().names()
-    except (pl.exceptions.PolarsError, OSError) as error:
-        raise ValueError(f"{files[0]}: cannot be read as JSON lines ({str(error).splitlines()[0]})") from error
+    def names(file: Path) -> list[str]:
+        found: dict[str, None] = {}
+        for number, line in enumerate(first_lines(file, _SNIFFED), start=1):
+            try:
+                found |= dict.fromkeys(json.loads(line))
+            except (json.JSONDecodeError, TypeError) as error:
+                raise ValueError(
+                    f"{file}: line {number}, blank ones not counted, is no JSON object: {line[:40]!r}"
+                ) from error
+        return list(found)
 
     def scan(file: Path) -> pl.LazyFrame:
-        return pl.scan_ndjson(file, infer_schema_length=1000)
+        # One key that only few lines have is no mistake; which are missing was seen when the log was opened.
+        wanted = [name for _, name in _wanted(columns, log.timestamp)]
+        frame = scan_json(file, list(dict.fromkeys(wanted)), row="__row")
+        truths = [pl.col(name).replace({"true": "1", "false": "0"}) for name in (*log.dense, *log.labels)]
+        return frame.with_columns(truths)
 
-    return _log("jsonl", files, scan, columns, names, first_row=1)
+    log = _log("jsonl", _files(path, "jsonl"), scan, columns, names, first_row=None)
+    return log
 
 
-def _files(path: Path) -> list[Path]:
+def _of_kind(folder: Path, kind: str) -> list[Path]:
+    """The files of a form in a folder and those below it, sorted by name; what jobs write beside them is not."""
+    files = (
+        file
+        for file in folder.rglob("*")
+        if not any(part.startswith((".", "_")) for part in file.relative_to(folder).parts) and file.is_file()
+    )
+    return sorted(file for file in files if re.sub(r"\.(gz|zst)$", "", file.name).endswith(_ENDINGS[kind]))
+
+
+def _files(path: Path, kind: str | None) -> list[Path]:
     if path.is_file():
         return [path]
-    files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith((".", "_")))
+    if not path.is_dir():
+        files = sorted(Path(file) for file in glob(str(path), recursive=True) if Path(file).is_file())
+    else:
+        files = _of_kind(path, kind) if kind else []
+        plain = (file for file in path.iterdir() if file.is_file() and not file.name.startswith((".", "_")))
+        files = files or sorted(plain)
     if not files:
-        raise FileNotFoundError(f"{path}: the folder has no files; give an event log")
+        raise FileNotFoundError(f"{path}: no file is there; give an event log")
     return files
 
 
@@ -130,21 +175,23 @@ def _log(
     files: list[Path],
     scan: Callable[[Path], pl.LazyFrame],
     columns: Columns,
-    names: list[str],
+    names: Callable[[Path], list[str]],
     *,
-    first_row: int,
+    first_row: int | None,
 ) -> EventLog:
+    """The log, once every file was seen to have the columns; `first_row` None where `scan` numbers the lines."""
     timestamp = columns.timestamp
-    if timestamp == "timestamp" and timestamp not in names:
-        timestamp = None
-    wanted = {"user_id": columns.user_id, "item_id": columns.item_id} | ({"timestamp": timestamp} if timestamp else {})
-    wanted |= {name: name for name in (*columns.sparse, *columns.dense, *columns.labels)}
-    for meaning, name in wanted.items():
-        if name not in names:
-            near = difflib.get_close_matches(name, names, n=1)
-            hint = f"it has {', '.join(names)[:200]}" + (f"; did you mean {near[0]}?" if near else "")
-            what = f"columns.{meaning}={name}" if meaning in ("user_id", "item_id", "timestamp") else f"columns: {name}"
-            raise ValueError(f"{files[0]}: has no column {name} ({what}); {hint}")
+    for number, file in enumerate(files):
+        found = names(file)
+        if not found:
+            raise ValueError(f"{file}: the file is empty")
+        if number == 0 and timestamp == "timestamp" and timestamp not in found:
+            timestamp = None
+        for meaning, name in _wanted(columns, timestamp):
+            if name not in found:
+                near = difflib.get_close_matches(name, found, n=1)
+                hint = f"it has {', '.join(found)[:200]}" + (f"; did you mean {near[0]}?" if near else "")
+                raise ValueError(f"{file}: has no column {name} ({meaning}); {hint}")
     return EventLog(
         form=form,
         files=tuple(files),
@@ -155,5 +202,13 @@ def _log(
         sparse=tuple(columns.sparse),
         dense=tuple(columns.dense),
         labels=tuple(columns.labels),
-        first_row=first_row,
+        row="__row" if first_row is None else None,
+        first_row=first_row or 1,
     )
+
+
+def _wanted(columns: Columns, timestamp: str | None) -> list[tuple[str, str]]:
+    """What is asked for, with the setting that does."""
+    single = {"user_id": columns.user_id, "item_id": columns.item_id, "timestamp": timestamp}
+    wanted = [(f"columns.{meaning}={name}", name) for meaning, name in single.items() if name is not None]
+    return wanted + [(f"columns: {name}", name) for name in (*columns.sparse, *columns.dense, *columns.labels)]

@@ -97,8 +97,8 @@ def scan_fields(path: Path, separator: str, names: Sequence[str]) -> pl.LazyFram
     return scan_lines(path).select("row", fields.struct.unnest())
 
 
-def scan_json(path: Path, keys: Sequence[str]) -> pl.LazyFrame:
-    """The values of some keys of JSON lines, as text, and ``row``; a missing key is null.
+def scan_json(path: Path, keys: Sequence[str], *, row: str = "row") -> pl.LazyFrame:
+    """The values of some keys of JSON lines, as text, and the line number as `row`; a missing key is null.
 
     Reading it raises polars' `ComputeError`, with the number of the line, where that is no JSON object.
     """
@@ -107,22 +107,21 @@ def scan_json(path: Path, keys: Sequence[str]) -> pl.LazyFrame:
     kind = pl.Struct(dict.fromkeys(keys, pl.String))
 
     def decode(batch: pl.Series) -> pl.Series:
-        text = batch.struct.field("line")
+        text, numbers = batch.struct.field("line"), batch.struct.field("row")
         try:
             found = text.str.json_decode(kind)
         except pl.exceptions.ComputeError:
             # NaN, or no JSON: line by line, so that the culprit can be named.
-            rows = zip(batch.struct.field("row"), text, strict=True)
-            return pl.Series("line", [_decoded(row, line, keys) for row, line in rows], dtype=kind)
+            pairs = zip(numbers, text, strict=True)
+            return pl.Series("line", [_decoded(number, line, keys) for number, line in pairs], dtype=kind)
         empty = found.struct.unnest().select(pl.all_horizontal(pl.all().is_null())).to_series()
         if empty.any():
             # Such a line must not pass for a blank one.
-            row = int(batch.struct.field("row").filter(empty)[0])
-            raise pl.exceptions.ComputeError(f"line {row} has none of the keys {', '.join(keys)}")
+            raise pl.exceptions.ComputeError(f"line {numbers.filter(empty)[0]} has none of the keys {', '.join(keys)}")
         return found
 
     both = pl.struct("row", "line").map_batches(decode, return_dtype=kind, is_elementwise=True).alias("line")
-    return scan_lines(path).select("row", both).unnest("line")
+    return scan_lines(path).select(pl.col("row").alias(row), both).unnest("line")
 
 
 def _decoded(row: int, line: str, keys: Sequence[str]) -> dict[str, str | None]:
