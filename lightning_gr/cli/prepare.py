@@ -134,6 +134,8 @@ def _show(path: Path, summary: dict[str, Any], num_items: int) -> None:
         table.add_row(what, f"{value:,}" if isinstance(value, int | float) else str(value))
 
     row("rows read", summary["rows_read"])
+    if summary["blank_rows"]:
+        row("blank rows, left out", summary["blank_rows"])
     for reason, count in summary["dropped"].items():
         row(f"dropped, {reason}", count)
     row("events", summary["events_kept"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +21,9 @@ _DATE_FORMS = (
     "%Y-%m-%d",
 )
 _REPLACED = "\ufffd"
+_POWERS = 10 ** np.arange(1, 19)
+_MOST = 2**63 - 1
+Integers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class NotWhole(Exception):
@@ -80,21 +83,42 @@ def ids(cells: pl.Series, column: str, bad: BadRows, *, as_text: bool, required:
         if (number.is_null() & cells.is_not_null()).any() and not as_text:
             raise NotWhole(column)
         found = cells.cast(pl.String) if as_text else number
-    elif cells.dtype in (pl.String, pl.Categorical, pl.Boolean, pl.Null):
-        text = text_of(cells.cast(pl.String))
-        bad.add(text.str.contains(_REPLACED, literal=True).fill_null(False), column, "not valid UTF-8", text)
-        found = text
-        if not as_text:
-            number = text.cast(pl.Int64, strict=False)
-            wrong = text.is_not_null() & (number.is_null() | (number.cast(pl.String) != text))
-            if wrong.fill_null(True).any():
-                raise NotWhole(column)
-            found = number
+    elif cells.dtype in (pl.String, pl.Categorical, pl.Enum, pl.Boolean, pl.Null):
+        plain = cells.cast(pl.String)
+        fast = None if as_text else _canonical(plain)
+        found = _text_ids(plain, column, bad, as_text=as_text) if fast is None else fast
     else:
         raise ValueError(f"column {column} has type {cells.dtype}; expected whole numbers or text")
-    if required:
+    if required and found.null_count():
         bad.add(found.is_null(), column, "missing", found)
     return found
+
+
+def _canonical(text: pl.Series) -> pl.Series | None:
+    """The numbers of text that spells each in the one way that a number prints; None where some cell does not."""
+    import polars as pl
+
+    number = text.cast(pl.Int64, strict=False)
+    if number.null_count() != text.null_count():
+        return None
+    # Text of a number's value and of its printed length is what the number prints: signs, zeros and blanks are longer.
+    value = number.fill_null(0).to_numpy()
+    printed = np.searchsorted(_POWERS, np.abs(value), side="right") + 1 + (value < 0)
+    return number if bool((text.str.len_bytes().fill_null(1).to_numpy() == printed).all()) else None
+
+
+def _text_ids(plain: pl.Series, column: str, bad: BadRows, *, as_text: bool) -> pl.Series:
+    import polars as pl
+
+    text = text_of(plain)
+    bad.add(text.str.contains(_REPLACED, literal=True).fill_null(False), column, "not valid UTF-8", text)
+    if as_text:
+        return text
+    number = text.cast(pl.Int64, strict=False)
+    wrong = text.is_not_null() & (number.is_null() | (number.cast(pl.String) != text))
+    if wrong.fill_null(True).any():
+        raise NotWhole(column)
+    return number
 
 
 def numbers(cells: pl.Series, column: str, bad: BadRows) -> tuple[pl.Series, int]:
@@ -106,21 +130,24 @@ def numbers(cells: pl.Series, column: str, bad: BadRows) -> tuple[pl.Series, int
     import polars as pl
 
     if cells.dtype == pl.String:
-        text = text_of(cells)
-        found = text.cast(pl.Float64, strict=False)
-        bad.add(text.is_not_null() & found.is_null(), column, "no number", text)
+        found = cells.cast(pl.Float64, strict=False)
+        if found.null_count() != cells.null_count():
+            text = text_of(cells)
+            found = text.cast(pl.Float64, strict=False)
+            bad.add(text.is_not_null() & found.is_null(), column, "no number", text)
     elif cells.dtype.is_numeric() or cells.dtype in (pl.Boolean, pl.Null):
         found = cells.cast(pl.Float64)
     else:
         raise ValueError(f"column {column} has type {cells.dtype}; expected numbers")
-    found = found.cast(pl.Float32)
-    bad.add(found.is_infinite().fill_null(False), column, "not finite", found)
-    found = found.fill_null(float("nan"))
-    return found, int(found.is_nan().sum())
+    found = found.cast(pl.Float32).fill_null(float("nan"))
+    values = found.to_numpy()
+    if (infinite := np.isinf(values)).any():
+        bad.add(pl.Series(infinite), column, "not finite", found)
+    return found, int(np.isnan(values).sum())
 
 
-def times(cells: pl.Series, column: str, unit: str, bad: BadRows) -> tuple[pl.Series, dict[str, int]]:
-    """Times in microseconds, int64, and how many stood in which unit.
+def times(cells: pl.Series, column: str, unit: str, bad: BadRows) -> tuple[pl.Series, pl.Series, dict[str, int]]:
+    """Times in whole microseconds, int64; the nanoseconds beyond them, int16; and how many stood in which unit.
 
     Raises:
         ValueError: the column has a type that times cannot have.
@@ -128,39 +155,30 @@ def times(cells: pl.Series, column: str, unit: str, bad: BadRows) -> tuple[pl.Se
     import polars as pl
 
     if isinstance(cells.dtype, pl.Datetime) or cells.dtype == pl.Date:
-        found = cells.cast(pl.Datetime("us")).to_physical().cast(pl.Int64)
-        bad.add(found.is_null(), column, "missing", found)
-        return found.fill_null(0), {}
-    text = text_of(cells) if cells.dtype == pl.String else cells
-    if not (text.dtype == pl.String or text.dtype.is_numeric() or text.dtype == pl.Null):
+        exact = cells.cast(pl.Datetime(getattr(cells.dtype, "time_unit", "us"))).to_physical().cast(pl.Int64)
+        nanoseconds = getattr(cells.dtype, "time_unit", "us") == "ns"
+        micros = cells.cast(pl.Datetime("us")).to_physical().cast(pl.Int64) if not nanoseconds else exact // 1000
+        bad.add(micros.is_null(), column, "missing", micros)
+        beyond = (exact % 1000 if nanoseconds else exact * 0).fill_null(0)
+        return micros.fill_null(0).alias(column), beyond.cast(pl.Int16), {}
+    if not (cells.dtype == pl.String or cells.dtype.is_numeric() or cells.dtype == pl.Null):
         raise ValueError(f"column {column} has type {cells.dtype}; expected whole numbers, dates or text")
+    whole = cells.cast(pl.Int64, strict=False) if not cells.dtype.is_float() else None
+    if whole is not None and not whole.null_count():
+        found, fine, units = _micros(whole.to_numpy(), unit, column, bad, cells)
+        return pl.Series(column, found), pl.Series(fine), units
+    text = text_of(cells) if cells.dtype == pl.String else cells
     bad.add(text.is_null(), column, "missing", text)
-    fraction: pl.Series | None = None
-    micros_of_fraction: pl.Series | None = None
-    dates: pl.Series | None = None
-    whole = text.cast(pl.Int64, strict=False) if not text.dtype.is_float() else None
-    if whole is None or (whole.is_null() & text.is_not_null()).any():
-        # Float-looking times lose nothing below 2**53, and what does not parse as one may be a date.
-        real = text.cast(pl.Float64, strict=False)
-        rounded = real.floor().cast(pl.Int64, strict=False)
-        fraction = real.is_not_null() & (real != real.floor()) & (real.abs() < _LARGEST["s"])
-        whole = rounded if whole is None else whole.fill_null(rounded)
-        micros_of_fraction = (real * 1e6).floor().cast(pl.Int64, strict=False)
-        dates = _dates(text)
-    bad.add(
-        whole.is_null() & text.is_not_null() & (dates.is_null() if dates is not None else True),
-        column,
-        "no time",
-        text,
-    )
-    micros, units = _micros(whole.fill_null(0).to_numpy(), unit, column, bad, text)
-    result = pl.Series(column, micros)
-    if fraction is not None and fraction.fill_null(False).any() and unit in ("auto", "s"):
-        assert micros_of_fraction is not None
-        result = pl.select(pl.when(fraction.fill_null(False)).then(micros_of_fraction).otherwise(result)).to_series()
-    if dates is not None and (used := whole.is_null() & dates.is_not_null()).any():
-        result = pl.select(pl.when(used).then(dates).otherwise(result)).to_series()
-    return result.alias(column), units
+    # Float-looking times lose nothing below 2**53, and what does not parse as one may be a date.
+    real = text.cast(pl.Float64, strict=False)
+    whole = text.cast(pl.Int64, strict=False) if not text.dtype.is_float() else real.clear(len(real)).cast(pl.Int64)
+    whole = whole.fill_null(real.floor().cast(pl.Int64, strict=False))
+    dates = _dates(text)
+    bad.add(whole.is_null() & text.is_not_null() & dates.is_null(), column, "no time", text)
+    is_date = (whole.is_null() & dates.is_not_null()).to_numpy()
+    found, fine, units = _micros(whole.fill_null(0).to_numpy(), unit, column, bad, text, real=real, skip=is_date)
+    found[is_date] = dates.fill_null(0).to_numpy()[is_date]
+    return pl.Series(column, found), pl.Series(fine), units
 
 
 def _dates(text: pl.Series) -> pl.Series:
@@ -177,28 +195,55 @@ def _dates(text: pl.Series) -> pl.Series:
 
 
 def _micros(
-    whole: np.ndarray[tuple[int], np.dtype[np.int64]], unit: str, column: str, bad: BadRows, text: pl.Series
-) -> tuple[np.ndarray[tuple[int], np.dtype[np.int64]], dict[str, int]]:
+    whole: Integers,
+    unit: str,
+    column: str,
+    bad: BadRows,
+    text: pl.Series,
+    *,
+    real: pl.Series | None = None,
+    skip: np.ndarray[Any, Any] | None = None,
+) -> tuple[Integers, np.ndarray[Any, np.dtype[np.int16]], dict[str, int]]:
+    """Microseconds, nanoseconds beyond them, and counts by unit; `real` has the parts that `whole` leaves off."""
     import polars as pl
 
-    size = np.abs(np.maximum(whole, -(2**63) + 1))
-    if unit != "auto":
-        masks = {unit: np.ones(len(whole), dtype=bool)}
-    else:
-        below = {name: size < limit for name, limit in _LARGEST.items()}
-        masks = {"s": below["s"], "ms": below["ms"] & ~below["s"], "us": below["us"] & ~below["ms"], "ns": ~below["us"]}
+    fine = np.zeros(len(whole), dtype=np.int16)
     micros = np.zeros_like(whole)
     units = {}
-    for name, mask in masks.items():
-        if not mask.any():
+    reals = None if real is None else real.fill_null(0.0).fill_nan(0.0).to_numpy()
+    for name, mask in _by_unit(whole, unit).items():
+        mask = mask if skip is None else mask & ~skip
+        count = int(np.count_nonzero(mask))
+        if not count:
             continue
-        units[name] = int(mask.sum())
+        units[name] = count
+        rows: Any = slice(None) if count == len(whole) else mask
+        values = whole[rows]
         per_second = _PER_SECOND[name]
-        if per_second <= 10**6:
-            factor = 10**6 // per_second
-            bad.add(pl.Series(mask & (size > (2**63 - 1) // factor)), column, f"no time in {name}", text)
-            with np.errstate(over="ignore"):
-                micros[mask] = whole[mask] * factor
-        else:
-            micros[mask] = whole[mask] // (per_second // 10**6)
-    return micros, units
+        if per_second > 10**6:
+            micros[rows] = values // (per_second // 10**6)
+            fine[rows] = values % (per_second // 10**6)
+            continue
+        factor = 10**6 // per_second
+        if len(values) and (values.max() > _MOST // factor or values.min() < -_MOST // factor):
+            far = np.zeros(len(whole), dtype=bool)
+            far[rows] = (values > _MOST // factor) | (values < -_MOST // factor)
+            bad.add(pl.Series(far), column, f"no time in {name}", text)
+        with np.errstate(over="ignore"):
+            micros[rows] = values * factor
+        if reals is not None:
+            parted = np.flatnonzero(mask & (reals != np.floor(reals)))
+            with np.errstate(invalid="ignore"):
+                micros[parted] = np.floor(reals[parted] * factor).astype(np.int64)
+    return micros, fine, units
+
+
+def _by_unit(whole: Integers, unit: str) -> dict[str, np.ndarray[Any, Any]]:
+    if unit != "auto":
+        return {unit: np.ones(len(whole), dtype=bool)}
+    size = np.abs(np.maximum(whole, -_MOST))
+    bounds = (0, *_LARGEST.values(), None)
+    return {
+        name: (size >= low) & (True if high is None else size < high)
+        for name, low, high in zip(_PER_SECOND, bounds[:-1], bounds[1:], strict=True)
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,6 +54,15 @@ class FeatureTable:
         self._frame = frame.unique(KEY, keep="first", maintain_order=True)
         self.ambiguous = len(frame) - len(self._frame)
         self._sparse, self._dense, self._per = features.sparse, features.dense, per
+
+    def digest(self) -> str:
+        """Changes with the features, on one version of the libraries."""
+        import polars as pl
+
+        names = repr([(name, str(dtype)) for name, dtype in self._frame.schema.items()])
+        lists = [name for name, dtype in self._frame.schema.items() if isinstance(dtype, pl.List)]
+        flat = self._frame.with_columns(pl.col(name).hash() for name in lists)
+        return hashlib.blake2b(names.encode() + flat.hash_rows().to_numpy().tobytes(), digest_size=16).hexdigest()
 
     def join(self, ids: pl.Series) -> pl.DataFrame:
         """The raw features of ids, in their order; missing, or empty lists, where an id has none."""

@@ -7,11 +7,10 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from lightning_gr.data.event_log import EventLog
 from lightning_gr.data.event_store import EventStore, Field, StoreWriter
@@ -19,15 +18,17 @@ from lightning_gr.data.event_store.writer import refuse_to_replace
 from lightning_gr.data.prepare.cells import NotWhole
 from lightning_gr.data.prepare.core import Core
 from lightning_gr.data.prepare.features import FeatureTable
+from lightning_gr.data.prepare.part import by_user_and_time, out_of_order, repeats, users_of, without_repeats
 from lightning_gr.data.prepare.settings import PrepareSettings
-from lightning_gr.data.prepare.spill import ITEM, ORDER, TIME, USER, num_buckets, read_bucket, spill
+from lightning_gr.data.prepare.spill import ITEM, TIME, USER, num_buckets, read_bucket, spill
+from lightning_gr.data.prepare.summary import Summary, histogram
 from lightning_gr.data.prepare.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     import polars as pl
 
 Progress = Callable[[str, int, int], None]
-_VERSION = 1
+_VERSION = 2
 """Of what lies in the work folder; another one is not taken up."""
 
 
@@ -92,12 +93,21 @@ class _Run:
     # ---- what lies in the work folder --------------------------------------------------------------------------
 
     def _identity(self) -> str:
-        """Names the log's files as they are now, and the settings."""
+        """Names the log's files as they are now, how they are read, and the settings."""
         files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in self._log.files]
         columns = {name: value for name, value in vars(self._log).items() if isinstance(value, str | tuple | int)}
         columns.pop("files")
-        what = [_VERSION, files, repr(sorted(columns.items())), repr(self._settings)]
+        what = [_VERSION, files, repr(sorted(columns.items())), self._plan(), repr(self._settings)]
         return hashlib.blake2b(json.dumps(what).encode(), digest_size=16).hexdigest()
+
+    def _plan(self) -> str:
+        """What `scan` does with a file, its filters included; nothing where the file cannot be read, said later."""
+        import polars as pl
+
+        try:
+            return self._log.scan(self._log.files[0]).explain(optimized=False)
+        except (pl.exceptions.PolarsError, OSError):
+            return ""
 
     def _state(self) -> dict[str, Any]:
         """What an earlier run left, or nothing where it was another one."""
@@ -114,9 +124,7 @@ class _Run:
         return state
 
     def _save(self, state: dict[str, Any]) -> None:
-        temporary = self._work / "state.tmp"
-        temporary.write_text(json.dumps(state))
-        os.replace(temporary, self._work / "state.json")
+        _write_whole(self._work / "state.json", state)
 
     # ---- the stages --------------------------------------------------------------------------------------------
 
@@ -152,12 +160,11 @@ class _Run:
             )
         return self._write()
 
-    def _read(self, bucket: int) -> pl.DataFrame:
-        events = read_bucket(self._work, bucket)
-        if self._settings.duplicates == "drop" and not events.is_empty():
-            columns = [name for name in events.columns if name != ORDER]
-            events = events.unique(columns, keep="first", maintain_order=True)
-        return events
+    def _read(self, bucket: int, names: Sequence[str] = ()) -> pl.DataFrame:
+        """The kept events of a bucket as far as they are known, with the columns that are needed."""
+        if self._settings.duplicates == "drop":
+            return without_repeats(read_bucket(self._work, bucket))
+        return read_bucket(self._work, bucket, [USER, ITEM, *names])
 
     def _learn(self) -> None:
         """The vocabularies of items and of every sparse field, and the features of users and items."""
@@ -165,7 +172,7 @@ class _Run:
         self._users: FeatureTable | None = None
         users_type: pl.DataType | None = None
         for bucket in range(self._buckets):
-            events = self._core.keep(self._read(bucket))
+            events = self._core.keep(self._read(bucket, self._log.sparse))
             self._progress("numbering", bucket + 1, self._buckets)
             if events.is_empty():
                 continue
@@ -194,7 +201,7 @@ class _Run:
         return fields
 
     def _write(self) -> EventStore:
-        summary = _Summary(self._log, self._counts)
+        summary = Summary(self._log, self._counts)
         writer = StoreWriter(
             path=self._output,
             fields=self._fields(),
@@ -202,17 +209,7 @@ class _Run:
             work=self._work,
             overwrite=self._overwrite,
         )
-        for bucket in range(self._buckets):
-            notes = self._work / f"part-{bucket:05d}.json"
-            if writer.has_part(bucket) and notes.is_file():
-                summary.add(json.loads(notes.read_text()))
-                writer.skip_part()
-            else:
-                users, of_part = self._part(bucket)
-                writer.write_users(users)
-                notes.write_text(json.dumps(of_part))
-                summary.add(of_part)
-            self._progress("writing", bucket + 1, self._buckets)
+        self._write_parts(writer, summary)
         for name, vocabulary in self._vocabularies.items():
             writer.write_vocabulary("item_id" if name == ITEM else name, vocabulary.values)
         for table in (self._users, self._items):
@@ -225,38 +222,71 @@ class _Run:
         writer.finish(summary=summary.finish(self._settings))
         return EventStore(self._output)
 
+    def _write_parts(self, writer: StoreWriter, summary: Summary) -> None:
+        """Every part that is not there; one is written while the next one is made."""
+        self._forget_parts_of_other_features()
+        writing: Future[None] | None = None
+        done = 0
+
+        def finished() -> None:
+            nonlocal done
+            if writing is not None:
+                writing.result()
+            done += 1
+            self._progress("writing", done, self._buckets)
+
+        with ThreadPoolExecutor(1) as background:
+            for bucket in range(self._buckets):
+                notes = self._work / f"part-{bucket:05d}.json"
+                users: pl.DataFrame | None = None
+                if writer.has_part(bucket) and notes.is_file():
+                    of_part = json.loads(notes.read_text())
+                else:
+                    users, of_part = self._part(bucket)
+                summary.add(of_part)
+                if bucket:
+                    finished()
+                writing = background.submit(_write_part, writer, users, notes, of_part)
+            finished()
+
+    def _forget_parts_of_other_features(self) -> None:
+        """Parts hold features of users, which may have changed since an earlier run; files of the log have not."""
+        digest = self._users.digest() if self._users is not None else ""
+        file = self._work / "users.json"
+        if not file.is_file() or json.loads(file.read_text()) != digest:
+            for notes in self._work.glob("part-*.json"):
+                notes.unlink()
+            _write_whole(file, digest)
+
     def _part(self, bucket: int) -> tuple[pl.DataFrame, dict[str, Any]]:
         """A bucket's users, one row each, and what there is to say of them."""
         import polars as pl
 
-        timed = self._log.timestamp is not None
-        by_time = [USER, *([TIME] if timed else [])]
         raw = read_bucket(self._work, bucket)
-        raw = raw.sort(*by_time, ORDER) if len(raw) else self._nothing()
-        columns = [name for name in raw.columns if name != ORDER]
-        # Rows that repeat each other lie among neighbours of one user and time.
-        same = pl.all_horizontal(pl.col(name) == pl.col(name).shift(1) for name in by_time).fill_null(False)
-        twins = raw.filter(same | same.shift(-1, fill_value=False))
-        notes: dict[str, Any] = {"usable": len(raw), "duplicates": len(twins) - twins.select(columns).n_unique()}
-        if self._settings.duplicates == "drop" and notes["duplicates"]:
-            raw = raw.unique(columns, keep="first", maintain_order=True)
-        events = self._core.keep(raw)
-        same_user = events[USER] == events[USER].shift(1)
-        notes |= {"kept": len(events), "late": int((same_user & (events[ORDER] < events[ORDER].shift(1))).sum())}
-        if timed and len(events):
-            notes["times"] = [int(events[TIME].min()) // 10**6, int(events[TIME].max()) // 10**6]  # type: ignore[arg-type]
-        coded = {"item_id": self._vocabularies[ITEM].encode(events[ITEM])}
-        if timed:
-            coded["timestamp"] = events[TIME] // 10**6
-        coded |= {name: self._vocabularies[name].encode(events[name]) for name in self._log.sparse}
-        coded |= {name: events[name] for name in (*self._log.dense, *self._log.labels)}
-        frame = pl.DataFrame([events[USER].alias("user_id"), *(column.alias(name) for name, column in coded.items())])
-        users = frame.group_by("user_id", maintain_order=True).agg(pl.all())
+        if raw.is_empty():
+            raw = self._nothing()
+        events = by_user_and_time(raw)
+        del raw
+        repeated = repeats(events)
+        notes: dict[str, Any] = {"usable": len(events), "duplicates": int(repeated.sum())}
+        if self._settings.duplicates == "drop" and repeated.any():
+            events = events.filter(pl.Series(~repeated))
+        events = self._core.keep(events)
+        notes |= {"kept": len(events), "late": out_of_order(events)}
+        columns = {"user_id": events[USER], "item_id": self._vocabularies[ITEM].encode(events[ITEM])}
+        if self._log.timestamp is not None:
+            columns["timestamp"] = events[TIME] // 10**6
+            if len(events):
+                times = columns["timestamp"].to_numpy()
+                notes["times"] = [int(times.min()), int(times.max())]
+        columns |= {name: self._vocabularies[name].encode(events[name]) for name in self._log.sparse}
+        columns |= {name: events[name] for name in (*self._log.dense, *self._log.labels)}
+        users = users_of(columns)
         if self._users is not None:
             fields = self._users.encode(self._users.join(users["user_id"]))
             users = users.hstack(fields.get_columns())
         lengths = users["item_id"].list.len().to_numpy()
-        notes["lengths"] = np.bincount(np.minimum(lengths, _LONGEST_COUNTED)).tolist()
+        notes["lengths"] = histogram(lengths)
         notes["longest"] = int(lengths.max(initial=0))
         return users, notes
 
@@ -269,59 +299,16 @@ class _Run:
         raise AssertionError("a log without events is refused before")
 
 
-_LONGEST_COUNTED = 100_000
+def _write_part(writer: StoreWriter, users: pl.DataFrame | None, notes: Path, of_part: dict[str, Any]) -> None:
+    """Writes a part and then, as the sign that it is whole, what there is to say of it; None is there already."""
+    if users is None:
+        writer.skip_part()
+        return
+    writer.write_users(users)
+    _write_whole(notes, of_part)
 
 
-class _Summary:
-    """What became of a log, gathered part by part."""
-
-    def __init__(self, log: EventLog, counts: Any) -> None:
-        self._log, self._counts = log, counts
-        self._totals = {"usable": 0, "duplicates": 0, "kept": 0, "late": 0}
-        self._lengths = np.zeros(1, dtype=np.int64)
-        self._longest = 0
-        self._times: list[int] = []
-
-    def add(self, notes: dict[str, Any]) -> None:
-        """Takes what was noted of a part."""
-        for name in self._totals:
-            self._totals[name] += notes[name]
-        lengths = np.array(notes["lengths"], dtype=np.int64)
-        longer, shorter = (self._lengths, lengths) if len(self._lengths) >= len(lengths) else (lengths, self._lengths)
-        self._lengths = longer.copy()
-        self._lengths[: len(shorter)] += shorter
-        self._longest = max(self._longest, notes["longest"])
-        self._times += notes.get("times", [])
-
-    def finish(self, settings: PrepareSettings) -> dict[str, Any]:
-        """The summary that the store keeps."""
-        counts, totals = self._counts, self._totals
-        users = int(self._lengths.sum())
-        ranks = np.cumsum(self._lengths)
-        dropped = {f"bad row, {reason}": count for reason, count in sorted(counts.bad.items())}
-        if settings.duplicates == "drop" and totals["duplicates"]:
-            dropped["duplicate"] = totals["duplicates"]
-        left = counts.rows - sum(dropped.values()) - totals["kept"]
-        if left:
-            least = {"user": settings.min_user_events, "item": settings.min_item_events}
-            small = " or ".join(f"{what} with fewer than {n} events" for what, n in least.items() if n > 1)
-            dropped[f"of a {small}" if small.startswith("user") else f"of an {small}"] = left
-        return {
-            "form": self._log.form,
-            "files": [file.name for file in self._log.files],
-            "rows_read": counts.rows,
-            "events_kept": totals["kept"],
-            "dropped": dropped,
-            "duplicates": totals["duplicates"],
-            "out_of_order": totals["late"],
-            "missing": {name: count for name, count in counts.missing.items() if count},
-            "time_units": counts.units,
-            "first_time": min(self._times) if self._times else None,
-            "last_time": max(self._times) if self._times else None,
-            "users": users,
-            "users_with_one_event": int(self._lengths[1]) if len(self._lengths) > 1 else 0,
-            "mean_length": round(totals["kept"] / max(users, 1), 2),
-            "median_length": int(np.searchsorted(ranks, (users + 1) // 2)),
-            "p99_length": int(np.searchsorted(ranks, users * 0.99)),
-            "longest": self._longest,
-        }
+def _write_whole(file: Path, content: Any) -> None:
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(content))
+    os.replace(temporary, file)

@@ -6,7 +6,8 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +22,14 @@ if TYPE_CHECKING:
     import polars as pl
     import pyarrow as pa
 
-USER, ITEM, TIME, ORDER = "__user", "__item", "__time", "__order"
+USER, ITEM, TIME, FINE = "__user", "__item", "__time", "__fine"
+"""`TIME` is in whole microseconds, `FINE` the nanoseconds beyond them."""
 _BATCH_ROWS = 1 << 19
 _RAW_SHARE = 1 / 16
 """Of the memory, how much raw log a bucket may hold: sorted and grouped it takes several times as much."""
 _MOST_BUCKETS = 512
+_PACKED = {b"\x1f\x8b": 5, b"\x28\xb5\x2f\xfd": 5, b"PAR1": 5}
+"""How many times as much a file takes unpacked, by its first bytes: gzip, zstd, Parquet."""
 
 
 @dataclass
@@ -37,16 +41,19 @@ class Counts:
         bad: rows left out, by reason.
         missing: cells of numbers and labels that hold none, by column.
         units: times by the unit they stood in.
+        blank: rows of text without anything in a column that is used; they are no events.
     """
 
     rows: int = 0
     bad: dict[str, int] = field(default_factory=dict)
     missing: dict[str, int] = field(default_factory=dict)
     units: dict[str, int] = field(default_factory=dict)
+    blank: int = 0
 
     def add(self, other: Counts) -> None:
         """Adds another part's counts."""
         self.rows += other.rows
+        self.blank += other.blank
         for name in ("bad", "missing", "units"):
             mine = getattr(self, name)
             for key, count in getattr(other, name).items():
@@ -55,8 +62,14 @@ class Counts:
 
 def num_buckets(log: EventLog, settings: PrepareSettings) -> int:
     """How many parts the users are cut into, so that each fits into memory."""
-    size = sum(file.stat().st_size for file in log.files)
+    size = sum(file.stat().st_size * _packed(file) for file in log.files)
     return int(min(max(-(-size // int(settings.memory_gb * 1e9 * _RAW_SHARE)), 1), _MOST_BUCKETS))
+
+
+def _packed(file: Path) -> int:
+    with file.open("rb") as opened:
+        first = opened.read(4)
+    return next((factor for magic, factor in _PACKED.items() if first.startswith(magic)), 1)
 
 
 def spill(
@@ -117,25 +130,41 @@ def _spill_file(
     counts, rows = Counts(), 0
     writers: dict[int, pa.RecordBatchStreamWriter] = {}
     own = file.stat().st_size
-    try:
-        for batch in _batches(log, file):
-            lines = batch[log.row].to_numpy() if log.row else np.arange(rows, rows + len(batch)) + log.first_row
-            rows += len(batch)
-            if (blank := batch.select(pl.all_horizontal(pl.exclude(log.row or "").is_null())).to_series()).any():
-                # Blank lines are nobody's mistake.
-                batch, lines = batch.filter(~blank), lines[~blank.to_numpy()]
-            events, of_batch = _typed(log, file, batch, lines, settings, as_text)
-            # The order of the log, across files, breaks ties of time.
-            order = (number << 48) + np.arange(rows - len(batch), rows)
-            events = events.with_columns(pl.Series(ORDER, order[of_batch.usable]))
-            _write(events, buckets, folder, writers)
-            counts.add(Counts(len(batch), of_batch.reasons, of_batch.missing, of_batch.units))
-            # How far a compressed file has been read cannot be known; a row is taken for fifty bytes at least.
-            progress("reading", done + min(own, rows * 50), size)
-    finally:
-        for writer in writers.values():
-            writer.close()
+    writing: Future[None] | None = None
+    # Events are written while the next ones are read and cast.
+    with ThreadPoolExecutor(1) as background:
+        try:
+            for batch in _batches(log, file):
+                lines = batch[log.row].to_numpy() if log.row else np.arange(rows, rows + len(batch)) + log.first_row
+                rows += len(batch)
+                blank = _blank(batch, log.row)
+                if blank.any():
+                    # Blank lines are nobody's mistake.
+                    batch, lines = batch.filter(pl.Series(~blank)), lines[~blank]
+                events, of_batch = _typed(log, file, batch, lines, settings, as_text)
+                if writing is not None:
+                    writing.result()
+                writing = background.submit(_write, events, buckets, folder, writers)
+                counts.add(Counts(len(batch), of_batch.reasons, of_batch.missing, of_batch.units, int(blank.sum())))
+                # How far a compressed file has been read cannot be known; a row is taken for fifty bytes at least.
+                progress("reading", done + min(own, rows * 50), size)
+            if writing is not None:
+                writing.result()
+        finally:
+            background.shutdown(wait=True)
+            for writer in writers.values():
+                writer.close()
     return counts
+
+
+def _blank(batch: pl.DataFrame, row: str | None) -> np.ndarray[Any, Any]:
+    """Rows of text without any cell; a table that knows types has no blank lines."""
+    import polars as pl
+
+    cells_ = batch.drop(row) if row else batch
+    if any(dtype not in (pl.String, pl.Null) for dtype in cells_.dtypes) or not all(cells_.null_count().row(0)):
+        return np.zeros(len(batch), dtype=bool)
+    return cells_.select(pl.all_horizontal(pl.all().is_null())).to_series().to_numpy()
 
 
 def _batches(log: EventLog, file: Path) -> Iterator[pl.DataFrame]:
@@ -186,8 +215,8 @@ def _typed(
             for name, alias in ((log.user_id, USER), (log.item_id, ITEM))
         ]
         if log.timestamp is not None:
-            found, bad.units = cells.times(batch[log.timestamp], log.timestamp, settings.time_unit, bad)
-            columns.append(found.alias(TIME))
+            found, fine, bad.units = cells.times(batch[log.timestamp], log.timestamp, settings.time_unit, bad)
+            columns += [found.alias(TIME), fine.alias(FINE)]
         columns += [cells.ids(batch[x], x, bad, as_text=x in as_text, required=False).alias(x) for x in log.sparse]
         for name in (*log.dense, *log.labels):
             found, missing = cells.numbers(batch[name], name, bad)
@@ -241,8 +270,14 @@ def _write(events: pl.DataFrame, buckets: int, folder: Path, writers: dict[int, 
         writers[key].write_table(table)
 
 
-def read_bucket(work: Path, bucket: int) -> pl.DataFrame:
-    """All events of a bucket, in the order of the log; no rows and no columns where there are none."""
+def read_bucket(work: Path, bucket: int, columns: Sequence[str] | None = None) -> pl.DataFrame:
+    """The events of a bucket, in the order of the log; no rows and no columns where there are none.
+
+    Args:
+        work: folder that was spilled into.
+        bucket: which.
+        columns: those needed; None means all.
+    """
     import polars as pl
     import pyarrow as pa
 
@@ -251,7 +286,11 @@ def read_bucket(work: Path, bucket: int) -> pl.DataFrame:
         path = folder / f"{bucket:05d}.arrow"
         if path.is_file():
             with pa.OSFile(str(path)) as file:
-                tables.append(pa.ipc.open_stream(file).read_all())
+                names = pa.ipc.open_stream(file).schema.names
+            chosen = [names.index(name) for name in columns] if columns is not None else None
+            options = pa.ipc.IpcReadOptions(included_fields=chosen)
+            with pa.OSFile(str(path)) as file:
+                tables.append(pa.ipc.open_stream(file, options=options).read_all())
     if not tables:
         return pl.DataFrame()
     frame = pl.from_arrow(pa.concat_tables(tables))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 if TYPE_CHECKING:
     import polars as pl
+
+
+_SPARSEST, _SMALL_TABLE = 8, 1 << 20
+"""Whole numbers are looked up in an array of up to so many places a value, and so many more."""
 
 
 class Vocabulary:
@@ -21,6 +25,7 @@ class Vocabulary:
         self.name = name
         self._values: pl.Series | None = None
         self._codes: pl.DataFrame | None = None
+        self._table: tuple[int, np.ndarray[Any, Any]] | None = None
 
     def add(self, values: pl.Series) -> None:
         """Takes the values of a part of the log."""
@@ -55,6 +60,8 @@ class Vocabulary:
         """The code of each value, int64; missing where the value is unknown."""
         import polars as pl
 
+        if (found := self._looked_up(values)) is not None:
+            return found
         if self._codes is None:
             known = self.values
             self._codes = pl.DataFrame({"value": known, "code": pl.Series(range(len(known)), dtype=pl.Int64)})
@@ -62,6 +69,33 @@ class Vocabulary:
         if frame["value"].dtype != self._codes["value"].dtype:
             frame = frame.with_columns(pl.col("value").cast(self._codes["value"].dtype, strict=False))
         return frame.join(self._codes, on="value", how="left", maintain_order="left", nulls_equal=True)["code"]
+
+    def _looked_up(self, values: pl.Series) -> pl.Series | None:
+        """Codes of whole numbers that lie close together, from an array; None where they do not, or one is unknown."""
+        import polars as pl
+
+        if self._table is None:
+            self._table = self._lookup_table()
+        least, table = self._table
+        if not len(table) or values.dtype != pl.Int64 or values.null_count() or not len(values):
+            return None
+        numbers = values.to_numpy()
+        if numbers.min() < least or numbers.max() >= least + len(table):
+            return None
+        codes = table[numbers - least]
+        return pl.Series(values.name, codes) if codes.min() >= 0 else None
+
+    def _lookup_table(self) -> tuple[int, np.ndarray[Any, Any]]:
+        known, empty = self.values, np.zeros(0, dtype=np.int64)
+        numbers = known.drop_nulls()
+        if not known.dtype.is_integer() or not len(numbers):
+            return 0, empty
+        least, span = int(numbers[0]), int(numbers[-1]) - int(numbers[0]) + 1
+        if span > _SPARSEST * len(numbers) + _SMALL_TABLE:
+            return 0, empty
+        table = np.full(span, -1, dtype=np.int64)
+        table[numbers.to_numpy() - least] = np.arange(len(numbers))
+        return least, table
 
     def encode_lists(self, values: pl.Series) -> pl.Series:
         """The codes of lists of values; a missing list is empty."""
