@@ -1,6 +1,6 @@
 """How fast a store is planned and read: a plan over an index alone, and batches from two worker processes.
 
-python benchmarks/bench_reader.py [--sequences 100000000] [--users 100000] [--json]
+python benchmarks/bench_reader.py [--sequences 100000000] [--users 300000] [--json]
 
 `plan_s`, `plan_gb`: a plan over an index of `--sequences` sequences, in a process of its own.
 `tokens_per_s`: batches of a store of `--users` users by two workers. `ratio_to_rows`: against the same batches, made by
@@ -149,7 +149,7 @@ def read(folder: Path, num_users: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sequences", type=int, default=100_000_000)
-    parser.add_argument("--users", type=int, default=100_000)
+    parser.add_argument("--users", type=int, default=300_000)
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     parser.add_argument("--plan", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -21,6 +21,8 @@ def longest_processing_time(costs: np.ndarray[Any, Any], num_parts: int) -> list
     Returns:
         For each part the positions of its samples, ascending.
     """
+    if num_parts == 1:
+        return [np.arange(len(costs), dtype=np.int64)]
     order = np.argsort(-costs, kind="stable")
     loads: list[tuple[float, int]] = [(0, part) for part in range(num_parts)]
     parts: list[list[int]] = [[] for _ in range(num_parts)]

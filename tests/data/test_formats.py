@@ -207,6 +207,20 @@ def test_a_compressed_file_that_was_cut_off_is_named(form: str, tmp_path: Path) 
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.parametrize("damage", ["cut off", "overwritten"])
+def test_a_damaged_parquet_is_named(damage: str, tmp_path: Path) -> None:
+    path = tmp_path / "log.parquet"
+    pl.DataFrame(
+        {name: np.random.default_rng(0).integers(0, 999, 10**4) for name in ("user_id", "item_id")}
+    ).write_parquet(path)
+    whole = path.read_bytes()
+    third = len(whole) // 3
+    path.write_bytes(whole[:third] if damage == "cut off" else whole[:third] + b"\xff" * third + whole[2 * third :])
+    with pytest.raises(ValueError, match=r"log\.parquet: (no Parquet file that can be read|cannot be read)"):
+        prepare(open_log(path), tmp_path / "store")
+    assert not (tmp_path / "store").exists()
+
+
 def test_a_part_that_is_missing_is_named(tmp_path: Path) -> None:
     path, _ = write_like("kuairand", tmp_path, seed=3)
     (path / "data" / "user_features_1k.csv").unlink()
