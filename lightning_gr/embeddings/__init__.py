@@ -1,5 +1,6 @@
-"""Embedding tables: static TorchRec collections with first values that do not depend on the sharding."""
+"""Embedding tables, their first values, and scores against rows that are spread over processes."""
 
+from lightning_gr.embeddings.candidate_block import CandidateBlock, corpus_share, process_group_of
 from lightning_gr.embeddings.static_tables import (
     deferred_tables,
     embedding_collection,
@@ -8,4 +9,13 @@ from lightning_gr.embeddings.static_tables import (
     table_values,
 )
 
-__all__ = ["deferred_tables", "embedding_collection", "initialise_tables", "is_static_collection", "table_values"]
+__all__ = [
+    "CandidateBlock",
+    "corpus_share",
+    "deferred_tables",
+    "embedding_collection",
+    "initialise_tables",
+    "is_static_collection",
+    "process_group_of",
+    "table_values",
+]

@@ -1,5 +1,6 @@
 """Layers of generative recommenders."""
 
 from lightning_gr.layers.hstu import HSTUEncoder, HSTULayer
+from lightning_gr.layers.sasrec import SASRecEncoder
 
-__all__ = ["HSTUEncoder", "HSTULayer"]
+__all__ = ["HSTUEncoder", "HSTULayer", "SASRecEncoder"]

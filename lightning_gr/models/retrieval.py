@@ -1,6 +1,6 @@
-"""Next-item retrieval: a sequence encoder over item embeddings, trained by sampled or full softmax.
+"""Next-item retrieval: a sequence encoder over item embeddings, trained by softmax or cross entropy over items.
 
-Shape suffixes: B sequences, T tokens, N labelled tokens, R negatives a label, I items of the corpus, D dimension.
+Shape suffixes: B sequences, T tokens, N labelled tokens, R negatives a label, C candidates, D dimension, P pairs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -21,8 +22,8 @@ from torch.nn import functional as F  # noqa: N812
 from typing_extensions import override
 
 from lightning_gr.batch import PADDING_SAMPLE_ID, SequenceBatch
-from lightning_gr.embeddings import embedding_collection
-from lightning_gr.metrics import NDCG, HitRate, WeightedMean, ranks_of_targets
+from lightning_gr.embeddings import CandidateBlock, corpus_share, embedding_collection, process_group_of
+from lightning_gr.metrics import NDCG, HitRate, MeanReciprocalRank, WeightedMean
 from lightning_gr.negatives import UniformNegatives
 from lightning_gr.ops.interval_mask import IntervalMask
 
@@ -32,35 +33,58 @@ if TYPE_CHECKING:
 TASK = "next_item"
 _MASKED_LOGIT = -5e4  # finite, as in Meta's HSTU, so that a row of masked negatives has no NaN gradient
 
+Loss = Literal["full_softmax", "sampled_softmax", "bce"]
+Negatives = Literal["uniform", "in_batch"]
+
 
 @dataclass
 class RetrievalScores:
-    """What `RetrievalModule.score` returns.
+    """What `RetrievalModule.score` returns; a logit is the similarity over the temperature.
 
     Args:
         tokens_N: the tokens that ask, as positions in the batch: labelled ones, or each last one in predict.
-        logits: similarity over temperature: (N, I) over the corpus, or (N, 1 + R), the positive first.
+        queries_ND: state of each, whose dot product with a candidate is the logit.
+        positives_N: logit of each label; None without labels.
+        negatives_NR: logits of negatives drawn for each label, where the loss takes such.
+        candidates: the corpus, or the labels of the global batch where they are each other's negatives.
     """
 
     tokens_N: Tensor
-    logits: Tensor
+    queries_ND: Tensor
+    positives_N: Tensor | None = None
+    negatives_NR: Tensor | None = None
+    candidates: CandidateBlock | None = None
+
+    def logits(self) -> Tensor:
+        """Logits (N, C) of this process's candidates."""
+        assert self.candidates is not None
+        return self.queries_ND @ self.candidates.embeddings_CD.T
 
 
 class RetrievalModule(pl.LightningModule):
     """Trains an encoder such as HSTU to retrieve the next item, and ranks the whole corpus.
 
     Item i of the corpus is row i of one embedding table, shared by history, positives and negatives. Evaluation ranks
-    the target among all items, seen ones included, ties counted against the model.
+    the target among all items of the corpus, ties counted against the model. Where the tables are sharded, each process
+    scores the rows that it holds.
 
     Args:
         encoder: maps (T, D) token embeddings to (T, D), with the attributes `dim` and `max_length`, and takes
             `layout`, `mask`, `times_T` and `request_times_T`; for example `lightning_gr.layers.HSTUEncoder`.
         num_items: rows of the item table; None takes the datamodule's `num_items`.
-        loss: softmax over all items, or over the positive and uniformly drawn negatives.
-        num_negatives: negatives a label under `sampled_softmax`, drawn from (seed, epoch, sample id, position).
+        loss: `full_softmax` over all items; `sampled_softmax` over the label and its negatives; `bce`, the binary cross
+            entropy of the label and, on average, of its negatives (SASRec, arXiv 1808.09781). Validation and test log
+            the full softmax over the corpus, whichever it is.
+        negatives: `uniform` draws them from (seed, epoch, sample id, position); `in_batch` takes the distinct labels of
+            the global batch, each once.
+        num_negatives: uniform negatives a label.
         similarity: `cosine` normalises both sides to length 1; `dot` does not.
         temperature: divides the similarity.
         embedding_std: standard deviation of the first values of item embeddings.
+        corpus: what is ranked in validation, test and predict: None for all items, or raw ids, as a list or as the path
+            of a text file with one a line. A target outside it counts as not found.
+        remove_seen: whether validation, test and predict leave out the items of the history that the batch holds; a
+            target among them counts as not found.
         top_k: cut-offs of HR@K and NDCG@K; `predict` returns as many items as the largest.
         optimizer: makes the optimiser of the dense parameters.
         lr_scheduler: makes its schedule, stepped every step; None keeps the rate.
@@ -74,18 +98,27 @@ class RetrievalModule(pl.LightningModule):
         *,
         encoder: nn.Module,
         num_items: int | None = None,
-        loss: Literal["full_softmax", "sampled_softmax"] = "full_softmax",
+        loss: Loss = "full_softmax",
+        negatives: Negatives = "uniform",
         num_negatives: int = 128,
         similarity: Literal["cosine", "dot"] = "cosine",
         temperature: float = 0.05,
         embedding_std: float = 0.02,
+        corpus: list[int | str] | str | None = None,
+        remove_seen: bool = False,
         top_k: list[int] | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
-        if loss not in ("full_softmax", "sampled_softmax"):
-            raise MisconfigurationException(f"loss={loss!r}: expected full_softmax or sampled_softmax")
+        if loss not in get_args(Loss):
+            raise MisconfigurationException(f"loss={loss!r}: expected one of {', '.join(get_args(Loss))}")
+        if negatives not in get_args(Negatives):
+            raise MisconfigurationException(f"negatives={negatives!r}: expected uniform or in_batch")
+        if loss == "full_softmax" and negatives == "in_batch":
+            raise MisconfigurationException(
+                "negatives=in_batch: the full softmax has every item as a negative; use loss sampled_softmax or bce"
+            )
         if similarity not in ("cosine", "dot"):
             raise MisconfigurationException(f"similarity={similarity!r}: expected cosine or dot")
         if not 0 < temperature < math.inf:
@@ -99,7 +132,11 @@ class RetrievalModule(pl.LightningModule):
         self.encoder = encoder
         self.num_items = num_items
         self.loss = loss
+        self.draws = loss != "full_softmax" and negatives == "uniform"
+        self.in_batch = negatives == "in_batch"
         self.negatives = UniformNegatives(num_negatives=num_negatives)
+        self.corpus, self.remove_seen = corpus, remove_seen
+        self._corpus_rows: Tensor | None = None
         self.similarity = similarity
         self.temperature = temperature
         self.embedding_std = embedding_std
@@ -111,7 +148,7 @@ class RetrievalModule(pl.LightningModule):
         self.metrics = nn.ModuleDict({split: self._ranking_metrics() for split in ("val", "test")})
 
     def _ranking_metrics(self) -> nn.ModuleDict:
-        metrics: dict[str, nn.Module] = {"loss": WeightedMean()}
+        metrics: dict[str, nn.Module] = {"loss": WeightedMean(), "MRR": MeanReciprocalRank()}
         for k in self.top_k:
             metrics |= {f"HR@{k}": HitRate(k=k), f"NDCG@{k}": NDCG(k=k)}
         return nn.ModuleDict(metrics)
@@ -127,10 +164,31 @@ class RetrievalModule(pl.LightningModule):
                 "num_items: not given, and the Trainer has no datamodule that knows it; pass "
                 "RetrievalModule(num_items=...)"
             )
-        if max(self.top_k) > self.num_items:
+        if self.corpus is not None:
+            self._corpus_rows = self._rows_of(self.corpus)
+        corpus_size = self.num_items if self._corpus_rows is None else len(self._corpus_rows)
+        if max(self.top_k) > corpus_size:
             raise MisconfigurationException(
-                f"top_k={self.top_k}: the corpus has only {self.num_items} items; lower it to at most that"
+                f"top_k={self.top_k}: the corpus has only {corpus_size} items; lower it to at most that"
             )
+
+    def _rows_of(self, corpus: list[int | str] | str) -> Tensor:
+        """Rows of the named items, ascending."""
+        if isinstance(corpus, str):
+            if not Path(corpus).is_file():
+                raise FileNotFoundError(f"corpus={corpus}: no such file; give one with an item id a line")
+            corpus = [line.strip() for line in Path(corpus).read_text(encoding="utf-8").splitlines() if line.strip()]
+        item_ids = getattr(getattr(self.trainer, "datamodule", None), "item_ids", None)
+        known = {
+            str(item): row for row, item in enumerate(range(self.num_items or 0) if item_ids is None else item_ids)
+        }
+        if not corpus:
+            raise MisconfigurationException("corpus: names no item; leave it out to rank all")
+        if unknown := [item for item in corpus if str(item) not in known]:
+            raise MisconfigurationException(
+                f"corpus: {len(unknown)} item(s) are not in the data, {unknown[0]!r} the first; leave them out"
+            )
+        return torch.tensor(sorted({known[str(item)] for item in corpus}))
 
     @override
     def configure_model(self) -> None:
@@ -139,12 +197,12 @@ class RetrievalModule(pl.LightningModule):
         from torchrec import EmbeddingConfig
 
         assert self.num_items is not None
-        sampled = ["target", "negative"] if self.loss == "sampled_softmax" else []
+        drawn = ["negative"] if self.draws else []
         item_table = EmbeddingConfig(
             name="item",
             num_embeddings=self.num_items,
             embedding_dim=int(self.encoder.dim),  # type: ignore[arg-type]
-            feature_names=["item_id", *sampled, "corpus"],
+            feature_names=["item_id", "target", *drawn, "corpus"],
             init_fn=functools.partial(torch.nn.init.normal_, std=self.embedding_std),
         )
         self.tables = embedding_collection([item_table])
@@ -171,14 +229,14 @@ class RetrievalModule(pl.LightningModule):
                 f"{type(self).__name__}: expected SequenceBatch batches, got {type(batch).__name__}; use "
                 "SequenceDataModule, or collate to lightning_gr.SequenceBatch"
             )
-        return self.with_lookup_ids(batch, sampled=self.loss == "sampled_softmax" and self.trainer.training)
+        return self.with_lookup_ids(batch, training=self.trainer.training)
 
-    def with_lookup_ids(self, batch: SequenceBatch, *, sampled: bool) -> SequenceBatch:
-        """A batch whose features also hold the corpus, or the targets and their negatives.
+    def with_lookup_ids(self, batch: SequenceBatch, *, training: bool) -> SequenceBatch:
+        """A batch whose features also hold the labels, and the corpus or the labels' negatives.
 
         Args:
             batch: a batch on the host whose features are ``item_id`` alone.
-            sampled: whether the negatives are looked up instead of the corpus.
+            training: whether the loss's candidates are looked up, instead of the corpus that is ranked.
         """
         from torchrec import KeyedJaggedTensor
 
@@ -186,26 +244,30 @@ class RetrievalModule(pl.LightningModule):
         num_sequences = batch.num_sequences
         nothing = (torch.zeros(0, dtype=torch.int64), torch.zeros(num_sequences, dtype=torch.int64))
         ids = {"item_id": (batch.features["item_id"].values(), batch.features["item_id"].lengths())}
-        if self.loss == "sampled_softmax":
-            ids |= {"target": nothing, "negative": nothing}
+        ids["target"] = nothing
+        if self.draws:
+            ids["negative"] = nothing
         ids["corpus"] = nothing
-        if sampled:
+        if TASK in batch.labels:
             labels = batch.labels[TASK]
             sequence_N = batch.layout.sequence_T[labels.tokens_N]
             labels_B = torch.bincount(sequence_N, minlength=num_sequences)
-            negatives_NR = self.negatives.sample(
-                num_items=self.num_items,
-                seed=torch.initial_seed(),
-                epoch=batch.epoch,
-                sample_ids_N=batch.sample_ids_B[sequence_N],
-                positions_N=batch.layout.position_T[labels.tokens_N],
-            )
             ids["target"] = (labels.values_N, labels_B)
-            ids["negative"] = (negatives_NR.flatten(), labels_B * negatives_NR.shape[1])
-        else:
+            if self.draws and training:
+                negatives_NR = self.negatives.sample(
+                    num_items=self.num_items,
+                    seed=torch.initial_seed(),
+                    epoch=batch.epoch,
+                    sample_ids_N=batch.sample_ids_B[sequence_N],
+                    positions_N=batch.layout.position_T[labels.tokens_N],
+                )
+                ids["negative"] = (negatives_NR.flatten(), labels_B * negatives_NR.shape[1])
+        if not training or self.loss == "full_softmax":
+            named = None if training else self._corpus_rows
+            share_C = corpus_share(self.num_items if named is None else named, self.tables)
             lengths_B = torch.zeros(num_sequences, dtype=torch.int64)
-            lengths_B[0] = self.num_items
-            ids["corpus"] = (torch.arange(self.num_items), lengths_B)
+            lengths_B[0] = len(share_C)
+            ids["corpus"] = (share_C, lengths_B)
         features = KeyedJaggedTensor(
             keys=list(ids),
             values=torch.cat([values for values, _ in ids.values()]),
@@ -214,7 +276,7 @@ class RetrievalModule(pl.LightningModule):
         return batch.with_features(features)
 
     def embed(self, batch: SequenceBatch) -> dict[str, Tensor]:
-        """Looks up every feature: ``item_id`` (T, D) and ``corpus`` (I, D), or ``target`` (N, D) and ``negative``."""
+        """Looks up every feature: ``item_id`` (T, D), ``target`` (N, D), ``negative`` (N R, D), ``corpus`` (C, D)."""
         assert self.tables is not None
         return {name: jagged.values() for name, jagged in self.tables(batch.features).items()}
 
@@ -231,20 +293,29 @@ class RetrievalModule(pl.LightningModule):
         return states_TD
 
     def score(self, features: Mapping[str, Tensor], batch: SequenceBatch) -> RetrievalScores:
-        """Logits of the labelled tokens; without labels, of the last token of each sequence."""
+        """Queries, candidates and logits of the labelled tokens; without labels, of each sequence's last token."""
         tokens_N = batch.labels[TASK].tokens_N if TASK in batch.labels else self._last_tokens(batch)
-        queries_ND = self._normalised(self.encode(features, batch)[tokens_N])
-        if features["corpus"].shape[0]:
-            logits = queries_ND @ self._normalised(features["corpus"]).T
-        else:
+        queries_ND = self._normalised(self.encode(features, batch)[tokens_N]) / self.temperature
+        scores = RetrievalScores(tokens_N, queries_ND)
+        if TASK in batch.labels:
             targets_ND = self._normalised(features["target"])
+            scores.positives_N = (queries_ND * targets_ND).sum(-1)
+        group = process_group_of(self.tables)
+        if not self._has_negatives(batch):
+            corpus_CD = self._normalised(features["corpus"])
+            scores.candidates = CandidateBlock(corpus_CD, batch.features["corpus"].values(), group)
+        elif self.in_batch:
+            scores.candidates = CandidateBlock(targets_ND, batch.labels[TASK].values_N, group)
+        else:
             negatives_NRD = self._normalised(features["negative"]).unflatten(
                 0, (tokens_N.shape[0], self.negatives.num_negatives)
             )
-            positive_N1 = (queries_ND * targets_ND).sum(-1, keepdim=True)
-            negative_NR = torch.einsum("nd,nrd->nr", queries_ND, negatives_NRD)
-            logits = torch.cat([positive_N1, negative_NR], 1)
-        return RetrievalScores(tokens_N, logits / self.temperature)
+            scores.negatives_NR = torch.einsum("nd,nrd->nr", queries_ND, negatives_NRD)
+        return scores
+
+    def _has_negatives(self, batch: SequenceBatch) -> bool:
+        """Whether the batch was made for a loss over negatives; otherwise it holds the corpus."""
+        return self.loss != "full_softmax" and not batch.features["corpus"].values().shape[0]
 
     def _normalised(self, vectors: Tensor) -> Tensor:
         return F.normalize(vectors, dim=-1, eps=1e-6) if self.similarity == "cosine" else vectors
@@ -259,21 +330,35 @@ class RetrievalModule(pl.LightningModule):
         return self.score(self.embed(batch), batch)
 
     def loss_sums(self, scores: RetrievalScores, batch: SequenceBatch) -> dict[str, Tensor]:
-        """The sum of cross entropies over this batch's labels, by task."""
+        """The sum of losses over this batch's labels, by task."""
         labels = batch.labels[TASK]
-        logits, targets_N = scores.logits, labels.values_N
-        if self._is_sampled(batch):
-            negatives_NR = batch.features["negative"].values().view(-1, self.negatives.num_negatives)
-            collides_NR = negatives_NR == targets_N[:, None]
-            logits = torch.cat([logits[:, :1], logits[:, 1:].masked_fill(collides_NR, _MASKED_LOGIT)], 1)
-            targets_N = torch.zeros_like(targets_N)
-        losses_N = F.cross_entropy(logits, targets_N, reduction="none")
+        losses_N = self._losses(scores, batch, labels.values_N)
         if labels.weights_N is not None:
             losses_N = losses_N * labels.weights_N
         return {TASK: losses_N.sum()}
 
-    def _is_sampled(self, batch: SequenceBatch) -> bool:
-        return self.loss == "sampled_softmax" and batch.features["corpus"].values().shape[0] == 0
+    def _losses(self, scores: RetrievalScores, batch: SequenceBatch, targets_N: Tensor) -> Tensor:
+        positives_N, bce = scores.positives_N, self.loss == "bce"
+        assert positives_N is not None
+        if scores.negatives_NR is not None:
+            negative_ids_NR = batch.features["negative"].values().view(-1, self.negatives.num_negatives)
+            collides_NR = negative_ids_NR == targets_N[:, None]
+            if bce:
+                losses_NR = F.softplus(scores.negatives_NR).masked_fill(collides_NR, 0.0)
+                return F.softplus(-positives_N) + losses_NR.sum(1) / (~collides_NR).sum(1).clamp(min=1)
+            masked_NR = scores.negatives_NR.masked_fill(collides_NR, _MASKED_LOGIT)
+            return torch.cat([positives_N[:, None], masked_NR], 1).logsumexp(1) - positives_N
+        assert scores.candidates is not None
+        if not self._has_negatives(batch):
+            return scores.candidates.log_sum_exp(scores.queries_ND) - positives_N
+        times_C, num_distinct = scores.candidates.multiplicity()
+        log_weights_C = -times_C.to(positives_N.dtype).log()
+        own = (torch.arange(len(targets_N), device=targets_N.device), targets_N)
+        if bce:
+            sums_N = scores.candidates.softplus_sum(scores.queries_ND, excluded=own, log_weights_C=log_weights_C)
+            return F.softplus(-positives_N) + sums_N / (num_distinct - 1).clamp(min=1)
+        others_N = scores.candidates.log_sum_exp(scores.queries_ND, excluded=own, log_weights_C=log_weights_C)
+        return torch.logaddexp(others_N, positives_N) - positives_N
 
     # ---- Lightning's steps -------------------------------------------------------------------------------------
 
@@ -299,7 +384,9 @@ class RetrievalModule(pl.LightningModule):
     def _evaluate(self, split: str, batch: SequenceBatch) -> None:
         scores = self(batch)
         labels = batch.labels[TASK]
-        ranks_N = ranks_of_targets(scores.logits.float(), labels.values_N)
+        assert scores.candidates is not None
+        seen = self._seen(scores, batch)
+        ranks_N = scores.candidates.ranks(scores.queries_ND, labels.values_N, excluded=seen)
         num_labels = labels.num_labels
         for name, metric in self.metrics[split].items():  # type: ignore[operator]
             if name == "loss":
@@ -311,11 +398,23 @@ class RetrievalModule(pl.LightningModule):
     @override
     def predict_step(self, batch: SequenceBatch, batch_idx: int) -> dict[str, Tensor]:
         """The largest `top_k` best items of each user: ``sample_ids`` (B,), ``item_rows`` (B, K), ``scores`` (B, K)."""
-        logits = self.score(self.embed(batch), batch.without_labels()).logits.float()
-        scores, rows = logits.topk(max(self.top_k), dim=1)
+        found = self.score(self.embed(batch), batch.without_labels())
+        assert found.candidates is not None
+        scores, rows = found.candidates.top_k(found.queries_ND, max(self.top_k), excluded=self._seen(found, batch))
         asks_B = batch.layout.lengths_B > 0
         assert bool((batch.sample_ids_B[asks_B] != PADDING_SAMPLE_ID).all())
         return {"sample_ids": batch.sample_ids_B[asks_B], "item_rows": rows.cpu(), "scores": scores.cpu()}
+
+    def _seen(self, scores: RetrievalScores, batch: SequenceBatch) -> tuple[Tensor, Tensor] | None:
+        """Each query with each item of its history."""
+        if not self.remove_seen:
+            return None
+        layout, tokens_N = batch.layout, scores.tokens_N
+        counts_N = layout.position_T[tokens_N] + 1
+        query_P = torch.repeat_interleave(counts_N)
+        place_P = torch.arange(len(query_P), device=query_P.device) - (counts_N.cumsum(0) - counts_N)[query_P]
+        first_N = layout.offsets_B1[layout.sequence_T[tokens_N]]
+        return query_P, batch.features["item_id"].values()[first_N[query_P] + place_P]
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 

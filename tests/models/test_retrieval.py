@@ -118,7 +118,7 @@ def test_the_encoder_is_given_scaled_rows_a_causal_mask_and_the_times() -> None:
     module = make_module()
     times = torch.arange(8) * 10
     batch = make_batch(SEQUENCES, LABELS, timestamps_T=times, request_timestamps_T=times + 3)
-    module(module.with_lookup_ids(batch, sampled=False))
+    module(module.with_lookup_ids(batch, training=False))
     given = module.encoder.given
     rows = parts(module)[0][[3, 9, 9, 1, 16, 0, 4, 12]]
     np.testing.assert_allclose(given["x_TD"].detach().numpy(), math.sqrt(DIM) * rows, rtol=1e-5)
@@ -134,7 +134,7 @@ def test_the_encoder_is_given_scaled_rows_a_causal_mask_and_the_times() -> None:
 @pytest.mark.parametrize("weights", [None, [1.0, 0.0, 2.5, 0.5, 1.0]])
 def test_the_loss_is_the_weighted_sum_over_labelled_tokens_alone(similarity: Any, weights: list[float] | None) -> None:
     module = make_module(similarity=similarity)
-    batch = module.with_lookup_ids(make_batch(SEQUENCES, LABELS, weights=weights), sampled=False)
+    batch = module.with_lookup_ids(make_batch(SEQUENCES, LABELS, weights=weights), training=False)
     losses = cross_entropies(similarities(module, asked(SEQUENCES, LABELS)), list(LABELS.values()))
     found = module.loss_sums(module(batch), batch)
     assert list(found) == ["next_item"]
@@ -144,7 +144,7 @@ def test_the_loss_is_the_weighted_sum_over_labelled_tokens_alone(similarity: Any
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])
 def test_a_negative_that_is_the_target_does_not_count(similarity: Any) -> None:
     module = make_module(similarity=similarity, loss="sampled_softmax", num_negatives=9)
-    batch = module.with_lookup_ids(make_batch(SEQUENCES, LABELS, weights=[1.0, 0.5, 2.0, 1.0, 3.0]), sampled=True)
+    batch = module.with_lookup_ids(make_batch(SEQUENCES, LABELS, weights=[1.0, 0.5, 2.0, 1.0, 3.0]), training=True)
     negatives = batch.features["negative"].values().view(5, 9).tolist()
     logits = similarities(module, asked(SEQUENCES, LABELS))
     wanted, collisions = 0.0, 0
@@ -158,7 +158,7 @@ def test_a_negative_that_is_the_target_does_not_count(similarity: Any) -> None:
 
 def test_a_label_whose_negatives_are_all_the_target_costs_nothing() -> None:
     module = make_module(num_items=1, loss="sampled_softmax", num_negatives=1, top_k=[1])
-    batch = module.with_lookup_ids(make_batch([[0, 0]], {0: 0, 1: 0}), sampled=True)
+    batch = module.with_lookup_ids(make_batch([[0, 0]], {0: 0, 1: 0}), training=True)
     loss = module.loss_sums(module(batch), batch)["next_item"]
     loss.backward()
     assert float(loss.detach()) == 0.0
@@ -170,7 +170,7 @@ def test_a_step_returns_the_sum_over_the_global_denominator_times_the_divisor() 
     module.log = lambda *_, **__: None  # type: ignore[method-assign, assignment]
     batch = make_batch(SEQUENCES, LABELS, denominators={"next_item": 40.0}, gradient_divisor=6.0)
     losses = cross_entropies(similarities(module, asked(SEQUENCES, LABELS)), list(LABELS.values()))
-    found = module.training_step(module.with_lookup_ids(batch, sampled=False), 0)
+    found = module.training_step(module.with_lookup_ids(batch, training=False), 0)
     assert float(found.detach()) == pytest.approx(losses.sum() * 6 / 40, rel=1e-5)
 
 
@@ -179,7 +179,7 @@ def test_a_rank_with_padding_alone_gives_every_parameter_a_zero_gradient(loss: A
     module = make_module(loss=loss, num_negatives=3)
     module.log = lambda *_, **__: None  # type: ignore[method-assign, assignment]
     batch = make_batch(*PADDING, ids=[PADDING_SAMPLE_ID], denominators={"next_item": 12.0})
-    module.training_step(module.with_lookup_ids(batch, sampled=loss == "sampled_softmax"), 0).backward()
+    module.training_step(module.with_lookup_ids(batch, training=loss == "sampled_softmax"), 0).backward()
     assert all(p.grad is not None and bool((p.grad == 0).all()) for p in module.parameters())
 
 
@@ -194,7 +194,7 @@ def test_no_gradient_comes_back_to_a_later_item(loss: Any) -> None:
     module = make_module(hstu(), loss=loss, num_negatives=4)
     history, target = [5, 11, 2, 8, 14, 7], 0
     for t in range(len(history)):
-        batch = module.with_lookup_ids(make_batch([history], {t: target}), sampled=loss == "sampled_softmax")
+        batch = module.with_lookup_ids(make_batch([history], {t: target}), training=loss == "sampled_softmax")
         features = {name: x.detach().requires_grad_(name == "item_id") for name, x in module.embed(batch).items()}
         module.loss_sums(module.score(features, batch), batch)["next_item"].backward()
         gradient = features["item_id"].grad
@@ -207,7 +207,7 @@ def test_a_much_longer_mate_changes_no_score() -> None:
     short, long = [3, 9, 1], [i % ITEMS for i in range(100)]
 
     def score(sequences: list[list[int]], labels: dict[int, int]) -> Tensor:
-        return module(module.with_lookup_ids(make_batch(sequences, labels), sampled=False)).logits.detach()
+        return module(module.with_lookup_ids(make_batch(sequences, labels), training=False)).logits().detach()
 
     alone = score([short], {2: 0})
     torch.testing.assert_close(score([long, short], {102: 0}), alone, rtol=0, atol=2e-5)
@@ -261,7 +261,8 @@ def test_evaluation_is_brute_force_over_the_corpus_with_ties_against_the_model(l
         assert found[f"{split}/HR@{k}"] == pytest.approx(np.mean([rank <= k for rank in ranks]))
         gains = [1 / math.log2(1 + rank) if rank <= k else 0.0 for rank in ranks]
         assert found[f"{split}/NDCG@{k}"] == pytest.approx(np.mean(gains), rel=1e-5)
-    assert len(found) == 7
+    assert found[f"{split}/MRR"] == pytest.approx(np.mean([1 / rank for rank in ranks]), rel=1e-5)
+    assert len(found) == 8
 
 
 @pytest.mark.parametrize("loss", ["full_softmax", "sampled_softmax"])
@@ -357,7 +358,7 @@ def test_configuring_again_keeps_the_tables() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"loss": "softmax"}, "loss='softmax': expected full_softmax or sampled_softmax"),
+        ({"loss": "softmax"}, "loss='softmax': expected one of full_softmax, sampled_softmax, bce"),
         ({"similarity": "euclid"}, "similarity='euclid': expected cosine or dot"),
         ({"temperature": 0}, "temperature=0: expected a number above 0"),
         ({"temperature": -0.1}, r"temperature=-0\.1: expected a number above 0"),
@@ -377,4 +378,4 @@ def test_no_negatives_and_more_negatives_than_items_are_named() -> None:
         RetrievalModule(encoder=Linear(), num_negatives=0)
     module = make_module(loss="sampled_softmax", num_negatives=ITEMS + 1)
     with pytest.raises(ValueError, match=r"^num_negatives=18: the corpus has only num_items=17"):
-        module.with_lookup_ids(make_batch(SEQUENCES, LABELS), sampled=True)
+        module.with_lookup_ids(make_batch(SEQUENCES, LABELS), training=True)

@@ -96,7 +96,7 @@ def test_full_softmax_is_the_cross_entropy_over_all_items(similarity: Any) -> No
             wanted += math.log(sum(math.exp(x) for x in logits)) - logits[target]
             token += 1
     assert token == batch.num_tokens
-    full = module.with_lookup_ids(batch, sampled=False)
+    full = module.with_lookup_ids(batch, training=False)
     (total,) = module.loss_sums(module(full), full).values()
     assert float(total) == pytest.approx(wanted, rel=1e-5)
 
@@ -105,7 +105,7 @@ def test_full_softmax_is_the_cross_entropy_over_all_items(similarity: Any) -> No
 def test_sampled_softmax_is_the_cross_entropy_over_the_target_and_its_negatives(similarity: Any) -> None:
     module = make_module(similarity=similarity, loss="sampled_softmax", num_negatives=6)
     batch = make_batch(make_log([9, 5, 14]), "train", [2, 0])
-    sampled = module.with_lookup_ids(batch, sampled=True)
+    sampled = module.with_lookup_ids(batch, training=True)
     negatives = sampled.features["negative"].values().view(-1, 6)
     targets = batch.labels["next_item"].values_N
     assert (negatives == targets[:, None]).any(), "no collision: the test would not see how one is treated"
@@ -124,7 +124,7 @@ def gradients(module: RetrievalModule, batches: list[SequenceBatch]) -> list[Ten
     module.zero_grad()
     sampled = module.loss == "sampled_softmax"
     for batch in batches:
-        ready = module.with_lookup_ids(batch, sampled=sampled)
+        ready = module.with_lookup_ids(batch, training=sampled)
         ready.mean_over_global_batch(module.loss_sums(module(ready), ready)).backward()
     return [p.grad.clone() for p in module.parameters() if p.grad is not None]
 
@@ -142,20 +142,20 @@ def test_parts_of_a_global_batch_add_up_to_its_gradient(loss: Any) -> None:
 
 def test_a_user_is_scored_alike_whoever_shares_the_batch() -> None:
     module, log = make_module().eval(), make_log([9, 5, 14, 4])
-    alone = module(module.with_lookup_ids(make_batch(log, "test", [1]), sampled=False)).logits
-    mates = module(module.with_lookup_ids(make_batch(log, "test", [2, 1, 3, 0]), sampled=False)).logits
+    alone = module(module.with_lookup_ids(make_batch(log, "test", [1]), training=False)).logits()
+    mates = module(module.with_lookup_ids(make_batch(log, "test", [2, 1, 3, 0]), training=False)).logits()
     assert torch.allclose(alone[0], mates[1], rtol=0, atol=1e-4)
 
 
 def test_no_token_sees_what_comes_after_it() -> None:
     module, log = make_module().eval(), make_log([12])
-    batch = module.with_lookup_ids(make_batch(log, "train", [0]), sampled=False)
-    before = module(batch).logits
+    batch = module.with_lookup_ids(make_batch(log, "train", [0]), training=False)
+    before = module(batch).logits()
     for changed in range(1, 9):
         items = log.items.copy()
         items[changed] = (items[changed] + 1) % NUM_ITEMS
         other = Interactions(log.users, log.offsets, items, log.timestamps, log.item_ids)
-        after = module(module.with_lookup_ids(make_batch(other, "train", [0]), sampled=False)).logits
+        after = module(module.with_lookup_ids(make_batch(other, "train", [0]), training=False)).logits()
         assert torch.equal(before[:changed], after[:changed])
         assert not torch.allclose(before[changed], after[changed])
 
@@ -165,7 +165,7 @@ def test_predictions_are_the_best_items_after_the_whole_history() -> None:
     batch = make_batch(log, "all", [2, 0, 1])
     ends = batch.layout.offsets_B1[1:] - 1
     scores = unit(states_of(module, batch)[ends]) @ unit(table_of(module)).T / 0.3
-    found = module.predict_step(module.with_lookup_ids(batch, sampled=False), 0)
+    found = module.predict_step(module.with_lookup_ids(batch, training=False), 0)
     assert found["sample_ids"].tolist() == [2, 0, 1]
     order = np.argsort(-scores.detach().numpy(), axis=1)[:, :5]
     assert found["item_rows"].tolist() == order.tolist()
@@ -175,7 +175,7 @@ def test_predictions_are_the_best_items_after_the_whole_history() -> None:
 
 def test_a_rank_without_users_predicts_nothing() -> None:
     module = make_module().eval()
-    found = module.predict_step(module.with_lookup_ids(make_batch(make_log([5]), "all", []), sampled=False), 0)
+    found = module.predict_step(module.with_lookup_ids(make_batch(make_log([5]), "all", []), training=False), 0)
     assert found["sample_ids"].shape == (0,)
     assert found["item_rows"].shape == (0, 5)
 
@@ -187,7 +187,7 @@ def test_validation_ranks_the_target_among_all_items() -> None:
     logged: dict[str, Any] = {}
     module.log = lambda name, value, **_: logged.__setitem__(name, value)  # type: ignore[method-assign, assignment]
     for part in ([0, 1, 2], [3, 4]):
-        module.validation_step(module.with_lookup_ids(make_batch(log, "val", part), sampled=False), 0)
+        module.validation_step(module.with_lookup_ids(make_batch(log, "val", part), training=False), 0)
     ends = batch.layout.offsets_B1[1:] - 1
     scores = (unit(states_of(module, batch)[ends]) @ unit(table_of(module)).T / 0.3).detach().numpy()
     targets = [int(log.items[log.offsets[user + 1] - 2]) for user in users]
@@ -204,7 +204,7 @@ def test_negatives_belong_to_the_epoch_the_sample_and_the_position() -> None:
     module, log = make_module(loss="sampled_softmax", num_negatives=4), make_log([9, 5, 14])
 
     def drawn(users: list[int]) -> dict[int, list[int]]:
-        batch = module.with_lookup_ids(make_batch(log, "train", users), sampled=True)
+        batch = module.with_lookup_ids(make_batch(log, "train", users), training=True)
         negatives = batch.features["negative"]
         parts = torch.split(negatives.values(), negatives.lengths().tolist())
         return {user: part.tolist() for user, part in zip(users, parts, strict=True)}

@@ -41,7 +41,14 @@ def write_log(path: Path, num_users: int = 40, num_items: int = 30, seed: int = 
     return path
 
 
-def build(log: str, *, loss: str = "full_softmax", global_tokens: int = 48, local_mean: bool = False) -> Any:
+def build(
+    log: str,
+    *,
+    loss: str = "full_softmax",
+    negatives: str = "uniform",
+    global_tokens: int = 48,
+    local_mean: bool = False,
+) -> Any:
     from lightning_gr.data import SequenceDataModule
     from lightning_gr.layers import HSTUEncoder
     from lightning_gr.models import RetrievalModule
@@ -60,6 +67,7 @@ def build(log: str, *, loss: str = "full_softmax", global_tokens: int = 48, loca
     model = kind(
         encoder=encoder,
         loss=loss,
+        negatives=negatives,
         num_negatives=5,
         top_k=[3],
         optimizer=lambda params: torch.optim.AdamW(params, lr=0.01),
@@ -130,17 +138,24 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.parametrize(
-    ("loss", "sharding"),
-    [("full_softmax", "row_wise"), ("sampled_softmax", "row_wise"), ("full_softmax", "column_wise")],
+    ("loss", "negatives", "sharding"),
+    [
+        ("full_softmax", "uniform", "row_wise"),
+        ("sampled_softmax", "uniform", "row_wise"),
+        ("full_softmax", "uniform", "column_wise"),
+        ("sampled_softmax", "in_batch", "row_wise"),
+        ("bce", "uniform", "row_wise"),
+        ("bce", "in_batch", "row_wise"),
+    ],
 )
-def test_any_number_of_ranks_equals_one(gloo: Any, log: str, loss: str, sharding: str) -> None:
-    one = gloo(1).run(run_training, 1, log, loss=loss)
+def test_any_number_of_ranks_equals_one(gloo: Any, log: str, loss: str, negatives: str, sharding: str) -> None:
+    one = gloo(1).run(run_training, 1, log, loss=loss, negatives=negatives)
     assert len(one[0]["losses"]) == STEPS
     assert global_losses(one)[-1] < global_losses(one)[0]
     for world_size in (2, 3):
         if sharding == "column_wise" and world_size == 3:
             continue  # eight columns do not split in three
-        many = gloo(world_size).run(run_training, world_size, log, loss=loss, sharding=sharding)
+        many = gloo(world_size).run(run_training, world_size, log, loss=loss, negatives=negatives, sharding=sharding)
         samples = np.array([result["samples"] for result in many])
         assert (samples.max(0) != samples.min(0)).any(), "the ranks' batches should be uneven"
         if world_size == 3:
@@ -176,7 +191,7 @@ def test_fit_then_validate_then_fit(gloo: Any, log: str) -> None:
     results = {world: gloo(world).run(run_with_validation, world, log) for world in (1, 2)}
     for ranks in results.values():
         for rank in ranks:
-            assert rank["during"].keys() == {"val/loss", "val/HR@3", "val/NDCG@3"}
+            assert rank["during"].keys() == {"val/loss", "val/MRR", "val/HR@3", "val/NDCG@3"}
             for key, value in rank["during"].items():
                 assert rank["alone"][key] == pytest.approx(value, rel=1e-5)
             assert all(rank["same"])

@@ -1,0 +1,365 @@
+"""CandidateBlock: scores of queries against candidates that stay where they are, spread over processes.
+
+Vocabulary parallelism as in Megatron-LM (arXiv 1909.08053, section 3): queries travel, candidates do not.
+Memory is bounded, however many candidates there are.
+
+Shape suffixes: N queries of this process, M queries of all processes, C candidates of this process, K best, D width,
+P excluded pairs, X excluded cells.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+_CELLS_AT_ONCE = 1 << 26
+"""Scores held at a time."""
+
+Pairs = tuple[Tensor, Tensor]
+Reduction = Literal["log_sum_exp", "softplus_sum"]
+
+
+def process_group_of(tables: nn.Module | None) -> dist.ProcessGroup | None:
+    """The processes over which a collection's rows are spread; None where each process has them all."""
+    group = getattr(getattr(tables, "_env", None), "process_group", None)
+    return group if group is not None and group.size() > 1 else None
+
+
+def corpus_share(rows: Tensor | int, tables: nn.Module | None) -> Tensor:
+    """The rows of a corpus that this process scores: all, or its share where the tables are sharded.
+
+    Args:
+        rows: int64 rows of the corpus, ascending, or how many there are. All rows are cut as row-wise sharding cuts
+            them, so that looking up a share leaves no process.
+        tables: the collection that holds them.
+
+    Raises:
+        ValueError: there are more processes than rows.
+    """
+    rows = torch.arange(rows) if isinstance(rows, int) else rows
+    group = process_group_of(tables)
+    if group is None:
+        return rows
+    size, rank = group.size(), group.rank()
+    if len(rows) < size:
+        raise ValueError(f"corpus: {len(rows)} item(s) for {size} processes; use at most one process an item")
+    block = -(-len(rows) // size)
+    if block * (size - 1) < len(rows):
+        return rows[rank * block : (rank + 1) * block]
+    # So few that blocks of one size would leave a process without any.
+    return rows[rank * len(rows) // size : (rank + 1) * len(rows) // size]
+
+
+@dataclass(frozen=True)
+class CandidateBlock:
+    """Candidates of this process; those of a group's processes together are what its queries are scored against.
+
+    Every process of the group calls the same methods in the same order, with any number of queries, none included.
+
+    Args:
+        embeddings_CD: the candidates.
+        ids_C: int64 what each stands for; may repeat.
+        group: the processes that hold the others; None means that there are no others.
+
+    Raises:
+        ValueError: the shapes do not fit together.
+    """
+
+    embeddings_CD: Tensor
+    ids_C: Tensor
+    group: dist.ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        if self.embeddings_CD.dim() != 2 or self.ids_C.shape != self.embeddings_CD.shape[:1]:
+            raise ValueError(
+                f"CandidateBlock: expected embeddings (C, D) and ids (C,), got {tuple(self.embeddings_CD.shape)} and "
+                f"{tuple(self.ids_C.shape)}"
+            )
+
+    # ---- losses ------------------------------------------------------------------------------------------------
+
+    def log_sum_exp(
+        self, queries_ND: Tensor, *, excluded: Pairs | None = None, log_weights_C: Tensor | None = None
+    ) -> Tensor:
+        """``log(sum_c w_c exp(q . c))`` over the candidates of all processes; differentiable in both.
+
+        Args:
+            queries_ND: queries of this process.
+            excluded: int64 ``(query_P, id_P)``: candidates with this id do not count for this query.
+            log_weights_C: logarithm of each candidate's weight; None means 0.
+
+        Returns:
+            float (N,); minus infinity where a query has no candidate.
+        """
+        return self._reduced("log_sum_exp", queries_ND, excluded, log_weights_C)
+
+    def softplus_sum(
+        self, queries_ND: Tensor, *, excluded: Pairs | None = None, log_weights_C: Tensor | None = None
+    ) -> Tensor:
+        """``sum_c w_c log(1 + exp(q . c))``, as `log_sum_exp`."""
+        return self._reduced("softplus_sum", queries_ND, excluded, log_weights_C)
+
+    def _reduced(
+        self, reduction: Reduction, queries_ND: Tensor, excluded: Pairs | None, log_weights_C: Tensor | None
+    ) -> Tensor:
+        peers = _Peers.of(queries_ND, self.group)
+        cells = self._excluded_cells(excluded, peers)
+        dtype = torch.promote_types(queries_ND.dtype, self.embeddings_CD.dtype)
+        found: Tensor = _Reduce.apply(
+            queries_ND.to(dtype), self.embeddings_CD.to(dtype), log_weights_C, cells, peers, reduction
+        )
+        return found
+
+    def multiplicity(self) -> tuple[Tensor, Tensor]:
+        """How often each id occurs among the candidates of all processes, and how many distinct ids there are.
+
+        Returns:
+            int64 (C,), and int64 0-D.
+        """
+        peers = _Peers.of(self.ids_C, self.group)
+        _, inverse_M, counts = peers.gathered(self.ids_C).unique(return_inverse=True, return_counts=True)
+        return peers.own(counts[inverse_M]), torch.tensor(len(counts), device=counts.device)
+
+    # ---- ranking -----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def ranks(self, queries_ND: Tensor, targets_N: Tensor, *, excluded: Pairs | None = None) -> Tensor:
+        """The rank of each query's target among the candidates, 1 being the best; ids must not repeat.
+
+        Ties count against the model, NaN scores are last, and so is a target that is excluded or no candidate.
+
+        Args:
+            queries_ND: queries of this process.
+            targets_N: int64 id of each query's target.
+            excluded: as in `log_sum_exp`.
+
+        Returns:
+            int64 (N,).
+        """
+        peers = _Peers.of(queries_ND, self.group)
+        cells = self._excluded_cells(excluded, peers)
+        queries_MD, targets_M = peers.gathered(queries_ND.to(self.embeddings_CD.dtype)), peers.gathered(targets_N)
+        row_X, column_X = self._cells_of(torch.arange(len(targets_M), device=targets_M.device), targets_M)
+        chunks: Iterable[tuple[int, Tensor]] = _scores(queries_MD, self.embeddings_CD, None, cells, nan_last=True)
+        if _fit_at_once(queries_MD, self.embeddings_CD):
+            chunks = list(chunks)
+        of_target_M = queries_MD.new_full(targets_M.shape, -torch.inf, dtype=_wide(queries_MD))
+        for first, scores in chunks:
+            here = (column_X >= first) & (column_X < first + scores.shape[1])
+            of_target_M[row_X[here]] = scores[row_X[here], column_X[here] - first]
+        of_target_M = _over_processes(of_target_M, self.group, dist.ReduceOp.MAX)
+        if not isinstance(chunks, list):
+            chunks = _scores(queries_MD, self.embeddings_CD, None, cells, nan_last=True)
+        ahead_M = torch.zeros_like(targets_M)
+        for _, scores in chunks:
+            ahead_M += (scores >= of_target_M[:, None]).sum(1)
+        # A target that cannot be found, of score minus infinity, has every candidate before it.
+        return peers.own(_over_processes(ahead_M, self.group, dist.ReduceOp.SUM)).clamp(min=1)
+
+    @torch.no_grad()
+    def top_k(self, queries_ND: Tensor, k: int, *, excluded: Pairs | None = None) -> tuple[Tensor, Tensor]:
+        """The `k` best candidates of each query, best first; of equal scores the lower id.
+
+        Where fewer than `k` are left, the rest has score minus infinity and id -1.
+
+        Args:
+            queries_ND: queries of this process.
+            k: how many.
+            excluded: as in `log_sum_exp`.
+
+        Returns:
+            ``(scores, ids)``: float32 and int64, both (N, K).
+        """
+        peers = _Peers.of(queries_ND, self.group)
+        cells = self._excluded_cells(excluded, peers)
+        queries_MD = peers.gathered(queries_ND.to(self.embeddings_CD.dtype))
+        best = torch.full((len(queries_MD), k), -torch.inf, device=queries_MD.device)
+        ids = torch.full((len(queries_MD), k), -1, dtype=torch.int64, device=queries_MD.device)
+        for first, scores in _scores(queries_MD, self.embeddings_CD, None, cells, nan_last=True):
+            found, columns = scores.topk(min(k, scores.shape[1]), dim=1)
+            best, ids = _merged([best, found], [ids, self.ids_C[first + columns]], k)
+        best, ids = _merged(_blocks(best, self.group), _blocks(ids, self.group), k)
+        return peers.own(best), peers.own(ids.masked_fill(best == -torch.inf, -1))
+
+    # ---- exclusion ---------------------------------------------------------------------------------------------
+
+    def _excluded_cells(self, excluded: Pairs | None, peers: _Peers) -> Pairs | None:
+        """Rows among the queries of all processes and columns of this one that do not count."""
+        if excluded is None:
+            return None
+        query_P, id_P = excluded
+        pairs = _Peers.of(query_P, self.group)
+        return self._cells_of(pairs.gathered(query_P + peers.first), pairs.gathered(id_P))
+
+    def _cells_of(self, rows_P: Tensor, ids_P: Tensor) -> Pairs:
+        """Row and column of each candidate of this process that has the id which a row names."""
+        ids, order = self.ids_C.sort()
+        first_P, last_P = torch.searchsorted(ids, ids_P), torch.searchsorted(ids, ids_P, right=True)
+        counts_P = last_P - first_P
+        rows_X = torch.repeat_interleave(rows_P, counts_P)
+        start_X = torch.repeat_interleave(first_P - (counts_P.cumsum(0) - counts_P), counts_P)
+        return rows_X, order[start_X + torch.arange(len(rows_X), device=rows_X.device)]
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _columns_at_once(queries_MD: Tensor) -> int:
+    return max(_CELLS_AT_ONCE // max(len(queries_MD), 1), 1)
+
+
+def _fit_at_once(queries_MD: Tensor, candidates_CD: Tensor) -> bool:
+    return len(candidates_CD) <= _columns_at_once(queries_MD)
+
+
+def _scores(
+    queries_MD: Tensor,
+    candidates_CD: Tensor,
+    log_weights_C: Tensor | None,
+    cells: Pairs | None,
+    *,
+    nan_last: bool = False,
+) -> Iterator[tuple[int, Tensor]]:
+    """First column and float32 (or wider) scores of some candidates at a time; what does not count is -inf."""
+    columns = _columns_at_once(queries_MD)
+    for first in range(0, len(candidates_CD), columns):
+        scores = queries_MD @ candidates_CD[first : first + columns].T
+        scores = scores.to(_wide(scores))
+        if log_weights_C is not None:
+            scores = scores + log_weights_C[first : first + columns]
+        if cells is not None:
+            rows_X, columns_X = cells
+            if columns < len(candidates_CD):
+                here = (columns_X >= first) & (columns_X < first + scores.shape[1])
+                rows_X, columns_X = rows_X[here], columns_X[here] - first
+            scores[rows_X, columns_X] = -torch.inf
+        yield first, scores.masked_fill_(scores.isnan(), -torch.inf) if nan_last else scores
+
+
+class _Reduce(torch.autograd.Function):
+    """A sum over the candidates of all processes of a function of their scores."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        queries_ND: Tensor,
+        candidates_CD: Tensor,
+        log_weights_C: Tensor | None,
+        cells: Pairs | None,
+        peers: _Peers,
+        reduction: Reduction,
+    ) -> Tensor:
+        softmax = reduction == "log_sum_exp"
+        queries_MD = peers.gathered(queries_ND)
+        nothing = -torch.inf if softmax else 0.0
+        total_M = queries_MD.new_full((len(queries_MD),), nothing, dtype=_wide(queries_MD))
+        kept = None
+        for first, scores in _scores(queries_MD, candidates_CD, log_weights_C if softmax else None, cells):
+            if softmax:
+                total_M = torch.logaddexp(total_M, scores.logsumexp(1))
+            else:
+                values = nn.functional.softplus(scores)
+                if log_weights_C is not None:
+                    values = values * log_weights_C[first : first + scores.shape[1]].exp()
+                total_M = total_M + values.sum(1)
+            kept = scores
+        parts = torch.stack(_blocks(total_M, peers.group))
+        total_M = parts.logsumexp(0) if softmax else parts.sum(0)
+        if not _fit_at_once(queries_MD, candidates_CD):
+            kept = None  # too many: backward computes them again
+        ctx.save_for_backward(queries_MD, candidates_CD, log_weights_C, total_M, kept, *(cells or ()))
+        ctx.peers, ctx.softmax = peers, softmax
+        return peers.own(total_M)
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: Tensor) -> Any:
+        queries_MD, candidates_CD, log_weights_C, total_M, kept, *cells = ctx.saved_tensors
+        grad_M1 = ctx.peers.gathered(grad_N)[:, None]
+        # A query without any candidate has a sum of minus infinity, and no gradient.
+        total_M1 = torch.where(total_M == -torch.inf, 0.0, total_M)[:, None]
+        grad_queries_MD = torch.zeros_like(queries_MD)
+        grad_candidates = []
+        weights = log_weights_C if ctx.softmax else None
+        chunks = _scores(queries_MD, candidates_CD, weights, tuple(cells) or None) if kept is None else [(0, kept)]
+        for first, scores in chunks:
+            last = first + scores.shape[1]
+            if ctx.softmax:
+                slope = (scores - total_M1).exp_()
+            else:
+                slope = scores.sigmoid()
+                if log_weights_C is not None:
+                    slope *= log_weights_C[first:last].exp()
+            slope = slope.mul_(grad_M1).to(queries_MD.dtype)
+            grad_candidates.append(slope.T @ queries_MD)
+            grad_queries_MD += slope @ candidates_CD[first:last]
+        grad_candidates_CD = torch.cat(grad_candidates) if grad_candidates else torch.zeros_like(candidates_CD)
+        grad_queries_MD = _over_processes(grad_queries_MD, ctx.peers.group, dist.ReduceOp.SUM)
+        return ctx.peers.own(grad_queries_MD), grad_candidates_CD, None, None, None, None
+
+
+# ---- what the processes exchange -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Peers:
+    """How many rows each process of a group has."""
+
+    group: dist.ProcessGroup | None
+    sizes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, rows: Tensor, group: dist.ProcessGroup | None) -> _Peers:
+        if group is None:
+            return cls(None, (rows.shape[0],))
+        counts = torch.zeros(group.size(), dtype=torch.int64, device=rows.device)
+        counts[group.rank()] = rows.shape[0]
+        dist.all_reduce(counts, group=group)
+        return cls(group, tuple(counts.tolist()))
+
+    @property
+    def first(self) -> int:
+        """Where this process's rows begin among those of all."""
+        return 0 if self.group is None else sum(self.sizes[: self.group.rank()])
+
+    def gathered(self, own: Tensor) -> Tensor:
+        """Rows of all processes, one after the other."""
+        if self.group is None:
+            return own
+        padded = own.new_zeros(max(self.sizes), *own.shape[1:])
+        padded[: own.shape[0]] = own
+        parts = _blocks(padded, self.group)
+        return torch.cat([part[:size] for part, size in zip(parts, self.sizes, strict=True)])
+
+    def own(self, of_all: Tensor) -> Tensor:
+        """This process's rows among those of all."""
+        return of_all if self.group is None else of_all[self.first : self.first + self.sizes[self.group.rank()]]
+
+
+def _blocks(own: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
+    """Tensors of one shape from all processes."""
+    if group is None:
+        return [own]
+    parts = [torch.empty_like(own) for _ in range(group.size())]
+    dist.all_gather(parts, own.contiguous(), group=group)
+    return parts
+
+
+def _over_processes(values: Tensor, group: dist.ProcessGroup | None, how: Any) -> Tensor:
+    if group is not None:
+        values = values.contiguous()
+        dist.all_reduce(values, op=how, group=group)
+    return values
+
+
+def _merged(scores: list[Tensor], ids: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """The best of several lists; of equal scores the lower id."""
+    all_ids, by_id = torch.cat(ids, 1).sort(dim=1)
+    all_scores = torch.cat([x.float() for x in scores], 1).gather(1, by_id)
+    best, order = all_scores.sort(dim=1, descending=True, stable=True)
+    return best[:, :k], all_ids.gather(1, order)[:, :k]
