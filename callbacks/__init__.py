@@ -1,6 +1,8 @@
 """Lightning callbacks: one a file, for `Trainer(callbacks=[...])` or a recipe's ``class_path``."""
 
+from lightning_gr.callbacks.ema import ExponentialMovingAverage
+from lightning_gr.callbacks.init_from import InitFrom
 from lightning_gr.callbacks.progress_bar import GRProgressBar
 from lightning_gr.callbacks.top_k_writer import TopKWriter
 
-__all__ = ["GRProgressBar", "TopKWriter"]
+__all__ = ["ExponentialMovingAverage", "GRProgressBar", "InitFrom", "TopKWriter"]

@@ -179,6 +179,13 @@ class SequenceBatch:
         """``T``."""
         return self.layout.num_tokens
 
+    @property
+    def kind_T(self) -> Tensor:
+        """`TokenKind` of each token, int64 on the device; made from host counts, so nothing is read back."""
+        kinds = torch.arange(4).repeat(self.num_sequences)
+        kind_T = torch.repeat_interleave(kinds, self.token_counts_B4.flatten(), output_size=self.num_tokens)
+        return kind_T.to(self.device, non_blocking=True)
+
     @cached_property
     def num_samples(self) -> int:
         """Sequences that are not padding."""

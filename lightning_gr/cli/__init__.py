@@ -19,6 +19,7 @@ TOOLS = {
     "recipes": "ls, show NAME, cp NAME DEST: the shipped configurations",
     "prepare": "PATH OUTPUT: an event log to an event store",
     "store": "check, info, index PATH: event stores",
+    "compare": "RECIPE ...: train each with several seeds, test metrics with intervals",
     "demo": "train on two processes and show recommendations",
     "doctor": "what is installed, what fits together, what is missing",
 }
@@ -79,6 +80,10 @@ def _dispatch(args: list[str]) -> int:
         from lightning_gr.cli import store
 
         return store.main(args[1:])
+    if command == "compare":
+        from lightning_gr.cli import compare
+
+        return compare.main(args[1:])
     if command == "demo":
         from lightning_gr.cli import demo
 

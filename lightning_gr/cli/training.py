@@ -24,6 +24,7 @@ import lightning_gr.models
 import lightning_gr.plugins  # noqa: F401
 from lightning_gr import __version__
 from lightning_gr._compat import child_processes
+from lightning_gr.callbacks import InitFrom
 from lightning_gr.cli.errors import USER_ERROR, UserError, one_line
 from lightning_gr.cli.parse_errors import boil, boil_config
 from lightning_gr.cli.quiet import quiet_library_noise
@@ -89,7 +90,31 @@ class GRCLI(LightningCLI):
         if subcommand == "predict":
             # A corpus of predictions does not fit into memory; callbacks write them as they come.
             parser.set_defaults({"return_predictions": False})
+        if subcommand == "fit":
+            parser.add_argument(
+                "--init_from",
+                type=str | None,
+                default=None,
+                help="A checkpoint whose weights training begins with; its step, epoch and optimisers are left out.",
+            )
         return parser
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        path, resumed = self._get(self.config, "init_from"), self._get(self.config, "ckpt_path")
+        if path is not None and resumed is not None:
+            raise UserError(
+                f"init_from={path}: ckpt_path={resumed} brings weights of its own; leave out one of the two "
+                "(--init_from null takes it back from a configuration)"
+            )
+        self._init_from = None if path is None else InitFrom(path=path)
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        trainer = super().instantiate_trainer(**kwargs)
+        if self._init_from is not None:
+            trainer.callbacks.insert(0, self._init_from)  # type: ignore[attr-defined]
+        return trainer
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:

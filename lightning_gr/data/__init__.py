@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_gr.data.cross_statistics import CrossStatistics
     from lightning_gr.data.datamodule import SequenceDataModule
     from lightning_gr.data.event_log import EventLog, Features
     from lightning_gr.data.event_store import EventStore, Field, StoreWriter, check_store
@@ -13,9 +14,11 @@ if TYPE_CHECKING:
     from lightning_gr.data.interactions import Interactions
     from lightning_gr.data.loader import PlannedLoader
     from lightning_gr.data.plan import ArraySamples, EpochPlan, GlobalBatchPlan, SampleIndex
+    from lightning_gr.data.ranking_datamodule import RankingDataModule
+    from lightning_gr.data.ranking_source import RankingSource, Task
     from lightning_gr.data.readers import read_events
     from lightning_gr.data.source import RetrievalSource, SequenceSource
-    from lightning_gr.data.splits import ByTime, ByUser, LeaveOneOut, Split
+    from lightning_gr.data.splits import ByTime, ByUser, LastShare, LeaveOneOut, Split
     from lightning_gr.data.stream import EventStream, ParquetDays
     from lightning_gr.data.stream_datamodule import StreamDataModule
     from lightning_gr.data.stream_loader import StreamLoader
@@ -25,6 +28,7 @@ _MODULES = {
     "ArraySamples": "plan",
     "ByTime": "splits",
     "ByUser": "splits",
+    "CrossStatistics": "cross_statistics",
     "EpochPlan": "plan",
     "EventLog": "event_log",
     "EventStore": "event_store",
@@ -34,9 +38,12 @@ _MODULES = {
     "Field": "event_store",
     "GlobalBatchPlan": "plan",
     "Interactions": "interactions",
+    "LastShare": "splits",
     "LeaveOneOut": "splits",
     "ParquetDays": "stream",
     "PlannedLoader": "loader",
+    "RankingDataModule": "ranking_datamodule",
+    "RankingSource": "ranking_source",
     "RetrievalSource": "source",
     "SampleIndex": "plan",
     "SequenceDataModule": "datamodule",
@@ -46,6 +53,7 @@ _MODULES = {
     "StreamDataModule": "stream_datamodule",
     "StreamLoader": "stream_loader",
     "SyntheticLog": "synthetic",
+    "Task": "ranking_source",
     "UserRows": "event_table",
     "check_store": "event_store",
     "read_events": "readers",
@@ -56,6 +64,7 @@ __all__ = [
     "ArraySamples",
     "ByTime",
     "ByUser",
+    "CrossStatistics",
     "EpochPlan",
     "EventLog",
     "EventStore",
@@ -65,9 +74,12 @@ __all__ = [
     "Field",
     "GlobalBatchPlan",
     "Interactions",
+    "LastShare",
     "LeaveOneOut",
     "ParquetDays",
     "PlannedLoader",
+    "RankingDataModule",
+    "RankingSource",
     "RetrievalSource",
     "SampleIndex",
     "SequenceDataModule",
@@ -77,6 +89,7 @@ __all__ = [
     "StreamDataModule",
     "StreamLoader",
     "SyntheticLog",
+    "Task",
     "UserRows",
     "check_store",
     "read_events",

@@ -18,7 +18,7 @@ from lightning_gr.data.interactions import Interactions
 from lightning_gr.data.loader import PlannedLoader
 from lightning_gr.data.plan import GlobalBatchPlan
 from lightning_gr.data.readers import LogFormat, read_events
-from lightning_gr.data.source import LongHistories, RetrievalSource
+from lightning_gr.data.source import LongHistories, RetrievalSource, SequenceSource
 from lightning_gr.data.splits import Part, Split
 from lightning_gr.substrate import require_torchrec
 
@@ -144,8 +144,8 @@ class SequenceDataModule(pl.LightningDataModule):
         """Digest of the log's content."""
         return self.table.fingerprint
 
-    def _loader(self, part: Part | Literal["all"], name: str) -> PlannedLoader:
-        source = RetrievalSource(
+    def _source(self, part: Part | Literal["all"]) -> SequenceSource:
+        return RetrievalSource(
             self.table,
             part=part,
             max_length=self.max_length,
@@ -153,6 +153,9 @@ class SequenceDataModule(pl.LightningDataModule):
             long_histories=self.long_histories,
             features=self.features,
         )
+
+    def _loader(self, part: Part | Literal["all"], name: str) -> PlannedLoader:
+        source = self._source(part)
         train = name == "train"
         plan = GlobalBatchPlan(
             source,

@@ -5,9 +5,7 @@ Shape suffixes: B sequences, T tokens of all sequences together.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -18,11 +16,11 @@ from lightning_gr.batch import PADDING_SAMPLE_ID, Labels, SequenceBatch, TokenKi
 from lightning_gr.data.event_store.fields import Field
 from lightning_gr.data.event_table import EventTable, UserRows
 from lightning_gr.data.plan import SampleIndex
+from lightning_gr.data.row_windows import RowWindows, spread
 from lightning_gr.data.splits import LeaveOneOut, Part, Split
 
 LongHistories = Literal["truncate", "split"]
 Array = np.ndarray[Any, Any]
-_WINDOWS_IN_MEMORY = 2
 
 
 class SequenceSource(SampleIndex, Protocol):
@@ -50,22 +48,6 @@ class SequenceSource(SampleIndex, Protocol):
             gradient_divisor: what engines divide the gradient by.
         """
         ...
-
-
-@dataclass(frozen=True)
-class _Window:
-    """Groups read together: where each begins, in store rows and among the rows read."""
-
-    first_rows: Array
-    starts: Array
-    ends: Array
-    rows: UserRows
-
-    def locate(self, rows: Array) -> tuple[Array, Array]:
-        """For each row whether it is here, and at which place."""
-        slot = np.searchsorted(self.first_rows, rows, side="right") - 1
-        here = (slot >= 0) & (rows < self.ends[slot])
-        return here, self.starts[slot] + rows - self.first_rows[slot]
 
 
 class RetrievalSource(SequenceSource):
@@ -109,10 +91,7 @@ class RetrievalSource(SequenceSource):
         self.group_bounds = table.group_bounds
         self.tasks: tuple[str, ...] = () if part == "all" else (self.TASK,)
         self.fingerprint = f"{table.fingerprint}-{part}-{max_length}-{self._split.identity()}" + "-cut" * self._cuts
-        self._windows: OrderedDict[tuple[int, ...], _Window] = OrderedDict()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_windows": OrderedDict()}
+        self._rows = RowWindows(table, self._features)
 
     # ---- what a plan asks --------------------------------------------------------------------------------------
 
@@ -158,21 +137,6 @@ class RetrievalSource(SequenceSource):
 
     # ---- batches -----------------------------------------------------------------------------------------------
 
-    def _window(self, groups: tuple[int, ...]) -> _Window:
-        if groups in self._windows:
-            self._windows.move_to_end(groups)
-            return self._windows[groups]
-        while len(self._windows) >= _WINDOWS_IN_MEMORY:
-            self._windows.popitem(last=False)
-        groups_up = sorted(groups)
-        rows = UserRows.concatenate([self._table.read_group(group, self._features) for group in groups_up])
-        bounds = self._table.group_bounds
-        first_rows, ends = bounds[groups_up], bounds[np.array(groups_up) + 1]
-        sizes = ends - first_rows
-        window = _Window(first_rows, np.cumsum(sizes) - sizes, ends, rows)
-        self._windows[groups] = window
-        return window
-
     @override
     def collate(
         self,
@@ -184,7 +148,7 @@ class RetrievalSource(SequenceSource):
         gradient_divisor: float,
     ) -> SequenceBatch:
         first_B, last_B, asking_B = self._tokens_of(sample_ids)
-        rows, places_B = self._user_rows(sample_ids, windows)
+        rows, places_B = self._rows.of(sample_ids % max(self.num_rows, 1), windows)
         return next_item_batch(
             rows,
             places_B,
@@ -196,27 +160,6 @@ class RetrievalSource(SequenceSource):
             denominators=denominators,
             gradient_divisor=gradient_divisor,
         )
-
-    def _user_rows(self, sample_ids: Array, windows: Sequence[tuple[int, ...]]) -> tuple[UserRows, Array]:
-        """Rows in memory that hold the samples, and each sample's place among them."""
-        rows = sample_ids % max(self.num_rows, 1)
-        held = [self._window(groups) for groups in windows]
-        if len(held) == 1:
-            here, places = held[0].locate(rows)
-            assert here.all(), "a plan names the windows of its samples"
-            return held[0].rows, places
-        # A batch on the seam of two windows takes its own users out of both.
-        parts, places = [], np.zeros(len(rows), dtype=np.int64)
-        taken = 0
-        for window in held:
-            here, at = window.locate(rows)
-            parts.append(take_users(window.rows, at[here]))
-            places[here] = taken + np.arange(int(here.sum()))
-            taken += int(here.sum())
-        assert taken == len(rows), "a plan names the windows of its samples"
-        if not parts:
-            parts = [take_users(self._window((0,)).rows, places)]
-        return UserRows.concatenate(parts), places
 
 
 def next_item_batch(
@@ -271,7 +214,7 @@ def next_item_batch(
             values, lengths = rows.event_fields[field.name][event_T], lengths_B
         else:
             values, offsets = rows.user_fields[field.name]
-            at, lengths = _spread(offsets, places_B)
+            at, lengths = spread(offsets, places_B)
             values = values[at]
         if field.kind == "sparse":
             ids[field.name] = (values, lengths)
@@ -285,7 +228,7 @@ def next_item_batch(
     counts_B4 = torch.zeros(len(lengths_B), 4, dtype=torch.int64)
     counts_B4[:, TokenKind.REALTIME] = torch.from_numpy(lengths_B)
     return SequenceBatch(
-        features=_keyed_jagged(ids),
+        features=keyed_jagged(ids),
         token_counts_B4=counts_B4,
         sample_ids_B=torch.from_numpy(sample_ids.astype(np.int64)),
         labels=labels,
@@ -298,35 +241,12 @@ def next_item_batch(
     )
 
 
-def _spread(offsets: Array, places: Array) -> tuple[Array, Array]:
-    """Where the values of some rows lie, row after row, and how many each has."""
-    lengths = offsets[places + 1] - offsets[places]
-    ends = np.cumsum(lengths)
-    total = int(ends[-1]) if len(ends) else 0
-    return np.arange(total) + np.repeat(offsets[places] - (ends - lengths), lengths), lengths
-
-
-def take_users(rows: UserRows, places: Array) -> UserRows:
-    """Some of the users."""
-    at, lengths = _spread(rows.offsets, places)
-    fields = {}
-    for name, (values, offsets) in rows.user_fields.items():
-        of_field, counts = _spread(offsets, places)
-        fields[name] = (values[of_field], np.concatenate([[0], np.cumsum(counts)]))
-    return UserRows(
-        offsets=np.concatenate([[0], np.cumsum(lengths)]),
-        items=rows.items[at],
-        timestamps=None if rows.timestamps is None else rows.timestamps[at],
-        event_fields={name: values[at] for name, values in rows.event_fields.items()},
-        user_fields=fields,
-    )
-
-
 def _tensor(values: Array) -> torch.Tensor:
     return torch.from_numpy(values.astype(np.int64, copy=False))
 
 
-def _keyed_jagged(ids: dict[str, tuple[Array, Array]]) -> Any:
+def keyed_jagged(ids: dict[str, tuple[Array, Array]]) -> Any:
+    """Features by name from values and lengths a sequence."""
     from torchrec import KeyedJaggedTensor
 
     return KeyedJaggedTensor(

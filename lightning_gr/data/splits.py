@@ -53,6 +53,41 @@ class LeaveOneOut(Split):
         return "leave-one-out"
 
 
+class LastShare(Split):
+    """The last share of each user's events are test targets, those before them validation targets.
+
+    A user's numbers are rounded down; the first event has no history and is never a target.
+
+    Args:
+        val: share of a user's events for validation.
+        test: share for test.
+
+    Raises:
+        ValueError: the shares are no numbers in [0, 1) that leave something for training.
+    """
+
+    def __init__(self, *, val: float = 0.1, test: float = 0.1) -> None:
+        if min(val, test) < 0 or val + test >= 1:
+            raise ValueError(f"val={val}, test={test}: expected shares of at least 0 that add up to less than 1")
+        self.val, self.test = val, test
+
+    @override
+    def spans(self, table: EventTable, part: Part, rows: Array) -> tuple[Array, Array]:
+        lengths = table.lengths[rows].astype(np.int64)
+        test_from = lengths - np.floor(lengths * self.test + 1e-9).astype(np.int64)
+        val_from = test_from - np.floor(lengths * self.val + 1e-9).astype(np.int64)
+        begins, ends = {"train": (np.ones_like(lengths), val_from), "val": (val_from, test_from)}.get(
+            part, (test_from, lengths)
+        )
+        # The event at a place is asked for by the token before it.
+        asking = np.maximum(begins, 1) - 1
+        return np.where(ends - 2 >= asking, ends - 2, -1), asking
+
+    @override
+    def identity(self) -> str:
+        return f"last-share-{self.val}-{self.test}"
+
+
 class ByUser(Split):
     """Whole users are held out: their last event is the target, and nothing of theirs is trained on.
 

@@ -12,7 +12,8 @@ import torch
 from lightning_gr.batch import SequenceBatch
 from lightning_gr.data.event_table import UserRows
 from lightning_gr.data.partition import longest_processing_time
-from lightning_gr.data.source import RetrievalSource, next_item_batch, take_users
+from lightning_gr.data.row_windows import take_users
+from lightning_gr.data.source import RetrievalSource, next_item_batch
 from lightning_gr.data.stream import EventStream
 
 Array = np.ndarray[Any, Any]

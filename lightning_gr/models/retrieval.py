@@ -24,6 +24,7 @@ from typing_extensions import override
 from lightning_gr.batch import PADDING_SAMPLE_ID, SequenceBatch
 from lightning_gr.embeddings import CandidateBlock, corpus_share, embedding_collection, process_group_of
 from lightning_gr.metrics import NDCG, HitRate, MeanReciprocalRank, WeightedMean
+from lightning_gr.models.parameter_groups import ParameterGroup, build_optimizer
 from lightning_gr.negatives import UniformNegatives
 from lightning_gr.ops.interval_mask import IntervalMask
 
@@ -88,6 +89,7 @@ class RetrievalModule(pl.LightningModule):
         top_k: cut-offs of HR@K and NDCG@K; `predict` returns as many items as the largest.
         optimizer: makes the optimiser of the dense parameters.
         lr_scheduler: makes its schedule, stepped every step; None keeps the rate.
+        parameter_groups: parameters with a learning rate or weight decay of their own, by name.
 
     Raises:
         MisconfigurationException: a setting that cannot work, by name.
@@ -109,6 +111,7 @@ class RetrievalModule(pl.LightningModule):
         top_k: list[int] | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3),
         lr_scheduler: LRSchedulerCallable | None = None,
+        parameter_groups: list[ParameterGroup] | None = None,
     ) -> None:
         super().__init__()
         if loss not in get_args(Loss):
@@ -143,6 +146,7 @@ class RetrievalModule(pl.LightningModule):
         self.top_k = sorted(top_k or [10])
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
+        self.parameter_groups = tuple(parameter_groups or ())
         self.tables: EmbeddingCollection | None = None
         self.train_loss = WeightedMean()
         self.metrics = nn.ModuleDict({split: self._ranking_metrics() for split in ("val", "test")})
@@ -209,9 +213,7 @@ class RetrievalModule(pl.LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        # Tables whose rows a strategy updates inside backward are its own business.
-        dense = [p for p in self.parameters() if not hasattr(p, "_in_backward_optimizers")]
-        optimizer = self.make_optimizer(dense)
+        optimizer = build_optimizer(self.named_parameters(), self.make_optimizer, groups=self.parameter_groups)
         if self.make_lr_scheduler is None:
             return optimizer
         return {

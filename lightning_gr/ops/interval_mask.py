@@ -88,6 +88,39 @@ class IntervalMask:
         history_T = layout.offsets_B1.diff()[layout.sequence_T] - candidates_T
         return cls._prefix(torch.minimum(layout.position_T + 1, history_T), layout.position_T >= history_T)
 
+    @classmethod
+    def dynamic(cls, layout: JaggedLayout, token_counts_B4: Tensor, num_earlier_T: Tensor) -> IntervalMask:
+        """MTGR's dynamic mask (arXiv 2505.18654, section 3.4): what happened before, and nothing later.
+
+        Contextual and static tokens see each other fully. Real-time tokens and candidates see those, the real-time
+        tokens of an earlier time, and themselves; so candidates do not see each other. Real-time tokens stand in the
+        order of time.
+
+        Args:
+            layout: lengths of the sequences.
+            token_counts_B4: contextual, static, real-time and candidate tokens of each sequence, int64, on the host.
+            num_earlier_T: int64, for real-time tokens and candidates how many real-time tokens of their sequence
+                have an earlier time; not looked at for the others.
+
+        Raises:
+            ValueError: the counts do not add up to the layout's lengths, or the shape of `num_earlier_T` differs.
+        """
+        if token_counts_B4.shape != (layout.num_sequences, 4) or bool(
+            (token_counts_B4.sum(1) != layout.lengths_B).any()
+        ):
+            raise ValueError(
+                f"token_counts_B4: expected counts of 4 kinds that add up to the lengths of {layout.num_sequences} "
+                f"sequence(s), got shape {tuple(token_counts_B4.shape)}"
+            )
+        if num_earlier_T.shape != (layout.num_tokens,):
+            raise ValueError(
+                f"num_earlier_T: expected one count for each of {layout.num_tokens} tokens, got shape "
+                f"{tuple(num_earlier_T.shape)}"
+            )
+        fixed_T = _per_token(layout, token_counts_B4[:, :2].sum(1), "token_counts_B4")
+        dynamic_T = layout.position_T >= fixed_T
+        return cls._prefix(fixed_T + torch.where(dynamic_T, num_earlier_T, 0), dynamic_T)
+
     def visible(self, q_layout: JaggedLayout, k_layout: JaggedLayout) -> Tensor:
         """The mask in full, bool (B, Q, K); rows and columns beyond a sequence's length are False."""
         device = self.a_T.device

@@ -74,6 +74,12 @@ class ToyCliModel(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs save their configuration where they stand."""
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.fixture
 def fails(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """Runs a command that must fail with exit code 2 and one line, and returns what follows the prefix."""

@@ -78,7 +78,7 @@ def test_each_group_is_read_once_an_epoch_and_few_are_held(
 
     monkeypatch.setattr(EventStore, "read_group", read)
     for _ in PlannedLoader(source, plan):
-        held = sum(len(window.rows.offsets) - 1 for window in source._windows.values())
+        held = sum(len(window.rows.offsets) - 1 for window in source._rows._held.values())
         most = max(most, held)
     assert set(reads) == set(range(100))
     assert set(reads.values()) == {1}

@@ -1,0 +1,61 @@
+"""Multi-task heads: a mixture of experts with a gate for each task (MMoE, Ma et al., KDD 2018).
+
+Shape suffixes: N inputs, D width, E experts, H hidden width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+
+class MultiTaskHeads(nn.Module):
+    """Experts shared by all tasks, mixed for each task by a gate of its own, and a tower with one logit.
+
+    Args:
+        dim: width of the inputs.
+        tasks: names of the tasks.
+        num_experts: experts; 0 gives each task a tower on the input itself.
+        hidden_dim: width of experts and towers.
+        dropout: inside the towers.
+
+    Raises:
+        ValueError: a size that cannot work, by name.
+    """
+
+    def __init__(
+        self, *, dim: int, tasks: Sequence[str], num_experts: int = 4, hidden_dim: int = 64, dropout: float = 0.0
+    ) -> None:
+        super().__init__()
+        if not tasks or len(set(tasks)) < len(tasks):
+            raise ValueError(f"tasks={list(tasks)}: expected at least one, none of them twice")
+        if dim < 1 or hidden_dim < 1 or num_experts < 0:
+            raise ValueError(
+                f"dim={dim}, hidden_dim={hidden_dim}, num_experts={num_experts}: expected at least 1, 1 and 0"
+            )
+        self.tasks = tuple(tasks)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim), nn.SiLU())
+            for _ in range(num_experts)
+        )
+        width = hidden_dim if num_experts else dim
+        self.gates = nn.ModuleList(nn.Linear(dim, num_experts) for _ in tasks) if num_experts else None
+        self.towers = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, hidden_dim), nn.SiLU(), nn.Dropout(dropout), nn.Linear(hidden_dim, 1))
+            for _ in tasks
+        )
+
+    @override
+    def forward(self, x_ND: Tensor) -> dict[str, Tensor]:
+        """Logit (N,) of each input by task."""
+        if self.gates is None:
+            return {task: tower(x_ND)[:, 0] for task, tower in zip(self.tasks, self.towers, strict=True)}
+        experts_NEH = torch.stack([expert(x_ND) for expert in self.experts], 1)
+        logits = {}
+        for task, gate, tower in zip(self.tasks, self.gates, self.towers, strict=True):
+            shares_NE = gate(x_ND).softmax(1)
+            logits[task] = tower((shares_NE[:, :, None] * experts_NEH).sum(1))[:, 0]
+        return logits

@@ -1,0 +1,78 @@
+"""MTGR's network: HSTU blocks over contextual, history and candidate tokens (Meituan, arXiv 2505.18654, section 3).
+
+Shape suffixes: T tokens of all sequences together, N candidates, D model width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_gr.batch import SequenceBatch
+from lightning_gr.layers.hstu import HSTUEncoder
+from lightning_gr.models.ranking_tokens import RankingTokens, candidate_places, num_earlier
+from lightning_gr.ops.interval_mask import IntervalMask
+from lightning_gr.ranking_features import RankingFeatures
+
+
+class MTGR(nn.Module):
+    """Encodes candidates together with the user's context and history, under the dynamic mask.
+
+    A candidate sees the context, what happened before it, and itself; so its logit does not depend on the candidates
+    beside it. Tokens have no positions, since a candidate has none; order is in the mask and in the bias by time.
+
+    Args:
+        dim: model width.
+        num_layers: HSTU blocks.
+        num_heads: heads a block.
+        max_length: longest sample in tokens; its inverse is the scale of the attention, unless `scale` says it.
+        dropout: on the input and on each block's output.
+        time_bias: whether attention has a bias by time difference.
+        scale: factor of the attention weights; None means ``1 / max_length``.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int = 64,
+        num_layers: int = 3,
+        num_heads: int = 2,
+        max_length: int = 512,
+        dropout: float = 0.1,
+        time_bias: bool = True,
+        scale: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim, self.max_length = dim, max_length
+        self.encoder = HSTUEncoder(
+            dim=dim,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            max_length=max_length,
+            dropout=dropout,
+            input_position_embedding=False,
+            position_bias=False,
+            time_bias=time_bias,
+            scale=scale,
+        )
+        self.norm = nn.LayerNorm(dim)
+        self.tokens: RankingTokens | None = None
+
+    def build(self, features: RankingFeatures, embedding_dim: int) -> None:
+        """Makes the layers whose sizes the data decides."""
+        self.tokens = RankingTokens(features=features, embedding_dim=embedding_dim, dim=self.dim)
+
+    @override
+    def forward(self, embedded: Mapping[str, Tensor], batch: SequenceBatch) -> Tensor:
+        """States of all candidates (N, D), in the batch's order."""
+        assert self.tokens is not None
+        states_TD = self.encoder(
+            self.tokens(embedded, batch),
+            layout=batch.layout,
+            mask=IntervalMask.dynamic(batch.layout, batch.token_counts_B4, num_earlier(batch)),
+            times_T=batch.timestamps_T,
+        )
+        states_ND: Tensor = self.norm(states_TD[candidate_places(batch)])
+        return states_ND

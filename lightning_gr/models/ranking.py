@@ -1,0 +1,279 @@
+"""Ranking: a network over context, history and candidates, trained on what users did with the candidates.
+
+Shape suffixes: B sequences, T tokens, N candidates, M labelled candidates of one task, D dimension.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from typing_extensions import override
+
+from lightning_gr.batch import SequenceBatch
+from lightning_gr.embeddings import embedding_collection
+from lightning_gr.layers.multi_task import MultiTaskHeads
+from lightning_gr.metrics import AUC, Calibration, GroupedAUC, NormalizedEntropy, WeightedMean
+from lightning_gr.models.parameter_groups import ParameterGroup, build_optimizer
+from lightning_gr.models.ranking_tokens import candidate_places
+from lightning_gr.ranking_features import RankingFeatures
+
+if TYPE_CHECKING:
+    from torchrec import EmbeddingCollection
+
+USER = "user_id"
+
+
+class RankingNetwork(Protocol):
+    """What `RankingModule` asks of a network, such as `MTGR` or `DLRM`."""
+
+    dim: int
+    """Width of the states."""
+
+    def build(self, features: RankingFeatures, embedding_dim: int) -> None:
+        """Makes the layers whose sizes the data decides."""
+
+    def __call__(self, embedded: Mapping[str, Tensor], batch: SequenceBatch) -> Tensor:
+        """States (N, D) of all candidates in the batch's order."""
+
+
+class RankingModule(pl.LightningModule):
+    """Trains a network such as MTGR or a DLRM baseline to predict the labels of candidates, one or several tasks.
+
+    The loss of a task is the binary cross entropy of its logits, a mean over the labels of the global batch. Validation
+    and test log AUC, GAUC (by user), NE and calibration of each task as ``val/<task>/AUC`` and so on.
+
+    Args:
+        network: `lightning_gr.models.MTGR`, `lightning_gr.models.DLRM`, or another with their methods.
+        features: what batches hold; None takes the datamodule's.
+        embedding_dim: width of all embeddings.
+        embedding_std: standard deviation of their first values.
+        task_weights: by task, its weight in the loss; 1 where absent.
+        num_experts: experts of the multi-task heads; 0 gives each task a tower of its own.
+        head_dim: width of experts and towers.
+        head_dropout: inside the towers.
+        optimizer: makes the optimiser of the dense parameters.
+        lr_scheduler: makes its schedule, stepped every step; None keeps the rate.
+        parameter_groups: parameters with a learning rate or weight decay of their own, by name.
+
+    Raises:
+        MisconfigurationException: a setting that cannot work, by name.
+    """
+
+    def __init__(
+        self,
+        *,
+        network: nn.Module,
+        features: RankingFeatures | None = None,
+        embedding_dim: int = 32,
+        embedding_std: float = 0.02,
+        task_weights: dict[str, float] | None = None,
+        num_experts: int = 4,
+        head_dim: int = 64,
+        head_dropout: float = 0.0,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        parameter_groups: list[ParameterGroup] | None = None,
+    ) -> None:
+        super().__init__()
+        if embedding_dim < 1:
+            raise MisconfigurationException(f"embedding_dim={embedding_dim}: expected at least 1")
+        if not 0 <= embedding_std < math.inf:
+            raise MisconfigurationException(f"embedding_std={embedding_std}: expected a number of at least 0")
+        for task, weight in (task_weights or {}).items():
+            if not 0 <= weight < math.inf:
+                raise MisconfigurationException(f"task_weights.{task}={weight}: expected a number of at least 0")
+        self.network = network
+        self.features = features
+        self.embedding_dim, self.embedding_std = embedding_dim, embedding_std
+        self.task_weights = dict(task_weights or {})
+        self.num_experts, self.head_dim, self.head_dropout = num_experts, head_dim, head_dropout
+        self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
+        self.parameter_groups = tuple(parameter_groups or ())
+        self.tables: EmbeddingCollection | None = None
+        self.heads: MultiTaskHeads | None = None
+        self.train_loss = WeightedMean()
+        self.metrics: nn.ModuleDict | None = None
+
+    # ---- building ----------------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, stage: str) -> None:
+        if self.features is None:
+            self.features = getattr(getattr(self.trainer, "datamodule", None), "ranking_features", None)
+        if self.features is None:
+            raise MisconfigurationException(
+                "features: not given, and the Trainer has no datamodule that knows them; use RankingDataModule, or "
+                "pass RankingModule(features=...)"
+            )
+        if unknown := [task for task in self.task_weights if task not in self.features.tasks]:
+            raise MisconfigurationException(
+                f"task_weights.{unknown[0]}: no such task; choose from {', '.join(self.features.tasks)}"
+            )
+        if self.metrics is None:
+            self.metrics = nn.ModuleDict(
+                {
+                    split: nn.ModuleDict({_key(task): self._metrics() for task in self.features.tasks})
+                    for split in ("val", "test")
+                }
+            )
+
+    @staticmethod
+    def _metrics() -> nn.ModuleDict:
+        metrics: dict[str, nn.Module] = {"loss": WeightedMean(), "AUC": AUC(), "GAUC": GroupedAUC()}
+        return nn.ModuleDict(metrics | {"NE": NormalizedEntropy(), "calibration": Calibration()})
+
+    @override
+    def configure_model(self) -> None:
+        if self.tables is not None:
+            return
+        from torchrec import EmbeddingConfig
+
+        assert self.features is not None
+        self.network.build(self.features, self.embedding_dim)  # type: ignore[operator]
+        self.heads = MultiTaskHeads(
+            dim=int(self.network.dim),  # type: ignore[arg-type]
+            tasks=self.features.tasks,
+            num_experts=self.num_experts,
+            hidden_dim=self.head_dim,
+            dropout=self.head_dropout,
+        )
+        self.tables = embedding_collection(
+            [
+                EmbeddingConfig(
+                    name=name,
+                    num_embeddings=cardinality,
+                    embedding_dim=self.embedding_dim,
+                    feature_names=[name],
+                    init_fn=functools.partial(torch.nn.init.normal_, std=self.embedding_std),
+                )
+                for name, cardinality in (self.features.contextual | self.features.tokens).items()
+            ]
+        )
+
+    @override
+    def configure_optimizers(self) -> Any:
+        optimizer = build_optimizer(self.named_parameters(), self.make_optimizer, groups=self.parameter_groups)
+        if self.make_lr_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"},
+        }
+
+    # ---- a batch -----------------------------------------------------------------------------------------------
+
+    @override
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Refuses batches that are not of `RankingDataModule`'s kind."""
+        if not isinstance(batch, SequenceBatch) or "numbers" not in batch.dense:
+            raise MisconfigurationException(
+                f"{type(self).__name__}: expected SequenceBatch batches of ranking samples, got "
+                f"{type(batch).__name__}; use RankingDataModule"
+            )
+        return batch
+
+    def embed(self, batch: SequenceBatch) -> dict[str, Tensor]:
+        """By sparse feature, an embedding for each value of it in the batch."""
+        assert self.tables is not None
+        return {name: jagged.values() for name, jagged in self.tables(batch.features).items()}
+
+    def score(self, embedded: Mapping[str, Tensor], batch: SequenceBatch) -> dict[str, Tensor]:
+        """By task, the logit of each candidate, (N,) in the batch's order."""
+        assert self.heads is not None
+        logits: dict[str, Tensor] = self.heads(self.network(embedded, batch))
+        return logits
+
+    @override
+    def forward(self, batch: SequenceBatch) -> dict[str, Tensor]:
+        return self.score(self.embed(batch), batch)
+
+    def _labelled(self, logits: Mapping[str, Tensor], batch: SequenceBatch) -> dict[str, Tensor]:
+        """By task, the logits (M,) of its labelled candidates."""
+        places_N = candidate_places(batch)
+        return {task: logits[task][torch.searchsorted(places_N, x.tokens_N)] for task, x in batch.labels.items()}
+
+    def loss_sums(self, logits: Mapping[str, Tensor], batch: SequenceBatch) -> dict[str, Tensor]:
+        """By task, the sum of binary cross entropies over this batch's labels."""
+        sums = {}
+        for task, logits_M in self._labelled(logits, batch).items():
+            labels = batch.labels[task]
+            sums[task] = F.binary_cross_entropy_with_logits(
+                logits_M.float(), labels.values_N.float(), labels.weights_N, reduction="sum"
+            )
+        return sums
+
+    # ---- Lightning's steps -------------------------------------------------------------------------------------
+
+    @override
+    def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
+        sums = self.loss_sums(self(batch), batch)
+        num_labels = sum(labels.num_labels for labels in batch.labels.values())
+        total = torch.stack([x.detach() for x in sums.values()]).sum()
+        local_mean = total / max(num_labels, 1)
+        self.train_loss.update(local_mean, num_labels)
+        size = max(batch.num_samples, 1)
+        self.log("train/loss", local_mean, on_step=True, on_epoch=False, batch_size=size)
+        self.log("train/loss_epoch", self.train_loss, on_step=False, on_epoch=True, batch_size=size)
+        return batch.mean_over_global_batch(sums, self.task_weights)
+
+    @override
+    def validation_step(self, batch: SequenceBatch, batch_idx: int) -> None:
+        self._evaluate("val", batch)
+
+    @override
+    def test_step(self, batch: SequenceBatch, batch_idx: int) -> None:
+        self._evaluate("test", batch)
+
+    def _evaluate(self, split: str, batch: SequenceBatch) -> None:
+        assert self.metrics is not None
+        logits = self(batch)
+        sums = self.loss_sums(logits, batch)
+        users_B = _users(batch)
+        for task, logits_M in self._labelled(logits, batch).items():
+            labels = batch.labels[task]
+            users_M = users_B[batch.layout.sequence_T[labels.tokens_N]]
+            metrics: Any = self.metrics[split][_key(task)]  # type: ignore[index]
+            metrics["loss"].update(sums[task] / max(labels.num_labels, 1), labels.num_labels)
+            scored = (logits_M.float(), labels.values_N)
+            for name in ("AUC", "NE", "calibration"):
+                metrics[name].update(*scored, labels.weights_N)
+            metrics["GAUC"].update(*scored, users_M, labels.weights_N)
+            for name, metric in metrics.items():
+                self.log(
+                    f"{split}/{task}/{name}", metric, on_step=False, on_epoch=True, batch_size=max(batch.num_samples, 1)
+                )
+
+    @override
+    def predict_step(self, batch: SequenceBatch, batch_idx: int) -> dict[str, Any]:
+        """Of each candidate its user's row, its item's row, and by task its probability; all (N,) on the CPU."""
+        logits = self(batch)
+        sequence_N = batch.layout.sequence_T[candidate_places(batch)]
+        contextual_T = (batch.kind_T == 0).cumsum(0)
+        places_N = candidate_places(batch)
+        items_N = batch.features["item_id"].values()[places_N - contextual_T[places_N]]
+        return {
+            "user_rows": _users(batch)[sequence_N].cpu(),
+            "item_rows": items_N.cpu(),
+            "probabilities": {task: x.float().sigmoid().cpu() for task, x in logits.items()},
+        }
+
+
+def _users(batch: SequenceBatch) -> Tensor:
+    """The user of each sequence, int64 (B,); 0 for padding."""
+    users = batch.features[USER]
+    users_B = users.values().new_zeros(batch.num_sequences)
+    return users_B.masked_scatter(users.lengths() > 0, users.values())
+
+
+def _key(task: str) -> str:
+    """A task's name as a module's."""
+    return task.replace(".", "_")

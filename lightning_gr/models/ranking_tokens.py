@@ -1,0 +1,119 @@
+"""RankingTokens: contextual, history and candidate tokens out of looked-up features.
+
+MTGR (arXiv 2505.18654), section 3.2: each user scalar is a token; each event of the history and each candidate is a
+token made by an MLP over its concatenated features, with separate MLPs for static history, real-time history and
+candidates.
+
+Shape suffixes: B sequences, T tokens of all sequences together, X event tokens (T without the contextual ones), E width
+of an embedding, D model width, W columns of numeric features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_gr.batch import SequenceBatch, TokenKind
+from lightning_gr.ranking_features import RankingFeatures
+
+
+class RankingTokens(nn.Module):
+    """Makes tokens of one width.
+
+    Args:
+        features: what batches hold.
+        embedding_dim: width of the looked-up embeddings.
+        dim: width of the tokens.
+        share_history: whether static and real-time history have one MLP.
+    """
+
+    def __init__(self, *, features: RankingFeatures, embedding_dim: int, dim: int, share_history: bool = True) -> None:
+        super().__init__()
+        self.features, self.dim = features, dim
+        common = len(features.tokens) * embedding_dim + features.width
+
+        def mlp(width: int) -> nn.Module:
+            return nn.Sequential(nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+        self.contextual = nn.ModuleDict({name: nn.Linear(embedding_dim, dim) for name in features.contextual})
+        self.contextual_numbers = nn.Linear(features.contextual_width, dim) if features.contextual_width else None
+        history = common + features.history_width
+        self.static = mlp(history)
+        self.realtime = self.static if share_history else mlp(history)
+        self.candidate = mlp(common + features.candidate_width)
+
+    @override
+    def forward(self, embedded: Mapping[str, Tensor], batch: SequenceBatch) -> Tensor:
+        """Tokens (T, D) in the batch's order.
+
+        Args:
+            embedded: by sparse feature, an embedding for each value of it in the batch.
+            batch: the batch.
+        """
+        kind_T = batch.kind_T
+        # Features of one width side by side are one concatenation, whatever their number.
+        numbers_TW = batch.dense["numbers"]
+        event_T = kind_T != TokenKind.CONTEXTUAL
+        place_T = event_T.cumsum(0) - 1
+        event_XE = torch.cat([embedded[name] for name in self.features.tokens], 1)
+        tokens_TD = event_XE.new_zeros(batch.num_tokens, self.dim)
+        for kind, layer, own in (
+            (TokenKind.STATIC, self.static, "actions"),
+            (TokenKind.REALTIME, self.realtime, "actions"),
+            (TokenKind.CANDIDATE, self.candidate, "cross"),
+        ):
+            at = token_places(batch, kind).to(kind_T.device, non_blocking=True)
+            parts = [event_XE[place_T[at]], numbers_TW[at]]
+            if own in batch.dense:
+                parts.append(batch.dense[own][at])
+            tokens_TD = tokens_TD.index_copy(0, at, layer(torch.cat(parts, 1).to(event_XE.dtype)).to(tokens_TD.dtype))
+        if self.features.num_contextual:
+            at = token_places(batch, TokenKind.CONTEXTUAL).to(kind_T.device, non_blocking=True)
+            contextual = self._contextual(embedded, batch)
+            tokens_TD = tokens_TD.index_copy(0, at, contextual.flatten(0, 1).to(tokens_TD.dtype))
+        return tokens_TD
+
+    def _contextual(self, embedded: Mapping[str, Tensor], batch: SequenceBatch) -> Tensor:
+        """(sequences that are not padding, contextual tokens, D)."""
+        real_B = batch.token_counts_B4[:, TokenKind.CONTEXTUAL] > 0
+        parts = []
+        for name, layer in self.contextual.items():
+            lengths_B = batch.features[name].lengths()
+            pooled_BE = embedded[name].new_zeros(batch.num_sequences, embedded[name].shape[1])
+            sequence = torch.repeat_interleave(lengths_B, output_size=embedded[name].shape[0])
+            pooled_BE = pooled_BE.index_add(0, sequence, embedded[name]) / lengths_B.clamp(min=1)[:, None]
+            parts.append(layer(pooled_BE))
+        if self.contextual_numbers is not None:
+            parts.append(self.contextual_numbers(batch.dense["contextual"]))
+        return torch.stack(parts, 1)[real_B.to(parts[0].device)]
+
+
+def token_places(batch: SequenceBatch, kind: TokenKind) -> Tensor:
+    """Positions in the batch of the tokens of a kind, int64, on the host."""
+    kinds = torch.arange(4).repeat(batch.num_sequences)
+    return (torch.repeat_interleave(kinds, batch.token_counts_B4.flatten()) == kind).nonzero()[:, 0]
+
+
+def candidate_places(batch: SequenceBatch) -> Tensor:
+    """Positions in the batch of all candidates, int64 on the device."""
+    return token_places(batch, TokenKind.CANDIDATE).to(batch.device, non_blocking=True)
+
+
+def num_earlier(batch: SequenceBatch) -> Tensor:
+    """For each token how many real-time tokens of its sequence have an earlier time, int64 (T,).
+
+    Real-time tokens stand in the order of time. Equal times are not earlier.
+    """
+    assert batch.timestamps_T is not None
+    times_T, layout = batch.timestamps_T, batch.layout
+    realtime = token_places(batch, TokenKind.REALTIME).to(times_T.device, non_blocking=True)
+    # Sequence and time in one number, so that one search serves all sequences; times fit into 41 bits.
+    times_T = (times_T - times_T.min().clamp(max=0)).clamp(max=(1 << 41) - 1) if len(times_T) else times_T
+    keys_T = (layout.sequence_T << 41) + times_T
+    counts_B = batch.token_counts_B4[:, TokenKind.REALTIME].to(times_T.device, non_blocking=True)
+    before_B = counts_B.cumsum(0) - counts_B
+    found_T = torch.searchsorted(keys_T[realtime], keys_T) - before_B[layout.sequence_T]
+    return found_T.clamp(min=0)
