@@ -6,12 +6,14 @@ import logging
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+_DIMENSIONS_OF_KERNELS = 4
 _RESERVED_FOR_THE_DENSE_PART = 0.15
 
 Sharding = Literal["row_wise", "table_wise", "column_wise"]
-SparseOptimizer = Literal["rowwise_adagrad", "adagrad", "sgd"]
+SparseOptimizer = Literal["rowwise_adagrad", "adagrad", "adam", "sgd"]
 
 
 def static_collections(module: nn.Module) -> dict[str, nn.Module]:
@@ -32,7 +34,12 @@ def attach_sparse_optimizer(collection: nn.Module, *, optimizer: SparseOptimizer
     from torch.distributed.optim import _apply_optimizer_in_backward as apply_in_backward
     from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
-    classes = {"rowwise_adagrad": RowWiseAdagrad, "adagrad": torch.optim.Adagrad, "sgd": torch.optim.SGD}
+    classes = {
+        "rowwise_adagrad": RowWiseAdagrad,
+        "adagrad": torch.optim.Adagrad,
+        "adam": torch.optim.Adam,
+        "sgd": torch.optim.SGD,
+    }
     own = [p for p in collection.parameters() if not hasattr(p, "_optimizer_classes")]
     apply_in_backward(classes[optimizer], own, {"lr": lr})
 
@@ -49,6 +56,9 @@ def make_plan(module: nn.Module, *, sharding: Sharding, device: torch.device, nu
 
     Returns:
         ``(ShardingPlan, sharders)``.
+
+    Raises:
+        MisconfigurationException: a table has a width that the kernels do not take.
     """
     import torch.distributed as dist
     from torchrec import EmbeddingCollection
@@ -64,6 +74,11 @@ def make_plan(module: nn.Module, *, sharding: Sharding, device: torch.device, nu
     for collection in static_collections(module).values():
         whole = sharding == "row_wise" and device.type == "cpu" and not isinstance(collection, EmbeddingCollection)
         for config in table_configs(collection):
+            if config.embedding_dim % _DIMENSIONS_OF_KERNELS:
+                raise MisconfigurationException(
+                    f"table {config.name}: embedding_dim={config.embedding_dim}; FBGEMM's kernels for sharded tables "
+                    f"take multiples of {_DIMENSIONS_OF_KERNELS}; round it up, or train without sharding on one device"
+                )
             constraints[config.name] = ParameterConstraints(
                 sharding_types=["table_wise" if whole else sharding],
                 compute_kernels=[EmbeddingComputeKernel.FUSED.value],

@@ -90,18 +90,16 @@ class GRCLI(LightningCLI):
         if subcommand == "predict":
             # A corpus of predictions does not fit into memory; callbacks write them as they come.
             parser.set_defaults({"return_predictions": False})
-        if subcommand == "fit":
-            parser.add_argument(
-                "--init_from",
-                type=str | None,
-                default=None,
-                help="A checkpoint whose weights training begins with; its step, epoch and optimisers are left out.",
-            )
+        # The others take it too, and do nothing with it: a configuration that fit has saved holds it.
+        what = "A checkpoint whose weights training begins with; its step, epoch and optimisers are left out."
+        shown = what if subcommand == "fit" else argparse.SUPPRESS
+        parser.add_argument("--init_from", type=str | None, default=None, help=shown)
         return parser
 
     @override
     def before_instantiate_classes(self) -> None:
-        path, resumed = self._get(self.config, "init_from"), self._get(self.config, "ckpt_path")
+        path = self._get(self.config, "init_from") if self.subcommand == "fit" else None
+        resumed = self._get(self.config, "ckpt_path")
         if path is not None and resumed is not None:
             raise UserError(
                 f"init_from={path}: ckpt_path={resumed} brings weights of its own; leave out one of the two "

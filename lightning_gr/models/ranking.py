@@ -254,7 +254,7 @@ class RankingModule(pl.LightningModule):
 
     @override
     def predict_step(self, batch: SequenceBatch, batch_idx: int) -> dict[str, Any]:
-        """Of each candidate its user's row, its item's row, and by task its probability; all (N,) on the CPU."""
+        """Each candidate's user row, item row and, by task, probability (float64); all (N,) on the CPU."""
         logits = self(batch)
         sequence_N = batch.layout.sequence_T[candidate_places(batch)]
         contextual_T = (batch.kind_T == 0).cumsum(0)
@@ -263,7 +263,7 @@ class RankingModule(pl.LightningModule):
         return {
             "user_rows": _users(batch)[sequence_N].cpu(),
             "item_rows": items_N.cpu(),
-            "probabilities": {task: x.float().sigmoid().cpu() for task, x in logits.items()},
+            "probabilities": {task: x.double().sigmoid().cpu() for task, x in logits.items()},
         }
 
 

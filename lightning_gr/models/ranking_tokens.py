@@ -66,10 +66,10 @@ class RankingTokens(nn.Module):
             (TokenKind.CANDIDATE, self.candidate, "cross"),
         ):
             at = token_places(batch, kind).to(kind_T.device, non_blocking=True)
-            parts = [event_XE[place_T[at]], numbers_TW[at]]
+            parts = [event_XE[place_T[at]], numbers_TW[at].to(event_XE.dtype)]
             if own in batch.dense:
-                parts.append(batch.dense[own][at])
-            tokens_TD = tokens_TD.index_copy(0, at, layer(torch.cat(parts, 1).to(event_XE.dtype)).to(tokens_TD.dtype))
+                parts.append(batch.dense[own][at].to(event_XE.dtype))
+            tokens_TD = tokens_TD.index_copy(0, at, layer(torch.cat(parts, 1)).to(tokens_TD.dtype))
         if self.features.num_contextual:
             at = token_places(batch, TokenKind.CONTEXTUAL).to(kind_T.device, non_blocking=True)
             contextual = self._contextual(embedded, batch)
@@ -87,7 +87,7 @@ class RankingTokens(nn.Module):
             pooled_BE = pooled_BE.index_add(0, sequence, embedded[name]) / lengths_B.clamp(min=1)[:, None]
             parts.append(layer(pooled_BE))
         if self.contextual_numbers is not None:
-            parts.append(self.contextual_numbers(batch.dense["contextual"]))
+            parts.append(self.contextual_numbers(batch.dense["contextual"].to(parts[0].dtype)))
         return torch.stack(parts, 1)[real_B.to(parts[0].device)]
 
 

@@ -150,3 +150,60 @@ def test_an_own_column_beyond_the_keys_is_named_in_debugging() -> None:
     mask = IntervalMask(zeros, zeros, zeros, torch.tensor([True, True]))
     with pytest.raises(ValueError, match=r"mask: row 1 sees its own column 1; its sequence has 1 keys"):
         mask.check_values(make([2]), make([1]))
+
+
+KINDS = st.lists(
+    st.tuples(
+        *[st.integers(0, 3)] * 2, st.lists(st.integers(0, 4), max_size=4), st.lists(st.integers(0, 4), max_size=3)
+    ),
+    max_size=4,
+)
+
+
+@given(KINDS)
+def test_dynamic(sequences: list[tuple[int, int, list[int], list[int]]]) -> None:
+    """MTGR's three rules: static tokens for all, real-time tokens for what is later, candidates for themselves."""
+    counts_B4 = torch.tensor([[n, m, len(r), len(c)] for n, m, r, c in sequences], dtype=torch.int64).reshape(
+        len(sequences), 4
+    )
+    layout = make(counts_B4.sum(1).tolist())
+    times = [[None] * (n + m) + sorted(r) + c for n, m, r, c in sequences]
+    earlier = [
+        sum(t < own for t in r) if own is not None else 77
+        for (_, _, r, _), of_tokens in zip(sequences, times, strict=True)
+        for own in of_tokens
+    ]
+    mask = IntervalMask.dynamic(layout, counts_B4, counts(earlier))
+
+    def rule(b: int, i: int, j: int) -> bool:
+        n, m, r, _ = sequences[b]
+        own, other = times[b][i], times[b][j]
+        if i == j or j < n + m:
+            return True
+        return own is not None and j < n + m + len(r) and other is not None and other < own
+
+    check(mask, layout.lengths_B.tolist(), layout.lengths_B.tolist(), rule)
+    mask.check_values(layout, layout)
+
+
+def test_dynamic_is_the_papers_example() -> None:
+    """Figure 2c: target3, rt2, target2, rt1, target1 in the order of time; here the past stands first."""
+    layout, times = make([9]), {"rt2": 2, "rt1": 4, "target1": 5, "target2": 3, "target3": 1}
+    names = ["age", "ctr", "seq1", "seq2", "rt2", "rt1", "target1", "target2", "target3"]
+    earlier = [sum(times[r] < times.get(name, 0) for r in ("rt1", "rt2")) for name in names]
+    seen = IntervalMask.dynamic(layout, counts([2, 2, 2, 3])[None], counts(earlier)).visible(layout, layout)[0]
+    table = {name: {names[j] for j in range(9) if seen[i, j]} for i, name in enumerate(names)}
+    static = set(names[:4])
+    assert all(table[name] == static for name in names[:4])
+    assert table["rt1"] == static | {"rt1", "rt2"}
+    assert table["rt2"] == static | {"rt2"}
+    assert table["target1"] == static | {"rt1", "rt2", "target1"}
+    assert table["target2"] == static | {"rt2", "target2"}
+    assert table["target3"] == static | {"target3"}
+
+
+def test_dynamic_refuses_what_does_not_fit() -> None:
+    with pytest.raises(ValueError, match="token_counts_B4: expected counts of 4 kinds that add up"):
+        IntervalMask.dynamic(make([3]), counts([1, 1, 1, 1])[None], counts([0, 0, 0]))
+    with pytest.raises(ValueError, match=r"num_earlier_T: expected one count for each of 3 tokens"):
+        IntervalMask.dynamic(make([3]), counts([1, 1, 1, 0])[None], counts([0, 0]))

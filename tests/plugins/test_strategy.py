@@ -137,6 +137,21 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_log(tmp_path_factory.mktemp("log") / "log.csv"))
 
 
+def run_with_width(log: str) -> str:
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    data, model = build(log)
+    model.encoder.dim = 6
+    with pytest.raises(MisconfigurationException) as error:
+        trainer(1).fit(model, datamodule=data)
+    return str(error.value)
+
+
+def test_a_width_that_the_kernels_do_not_take_is_named(gloo: Any, log: str) -> None:
+    (said,) = gloo(1).run(run_with_width, log)
+    assert said.startswith("table item: embedding_dim=6; FBGEMM's kernels for sharded tables take multiples of 4")
+
+
 @pytest.mark.parametrize(
     ("loss", "negatives", "sharding"),
     [
