@@ -86,6 +86,7 @@ class HSTULayer(nn.Module):
         mask: IntervalMask,
         times_T: Tensor | None = None,
         request_times_T: Tensor | None = None,
+        positions_T: Tensor | None = None,
     ) -> Tensor:
         """(T, D) to (T, D); see `HSTUEncoder.forward`."""
         request_times_T = times_T if request_times_T is None else request_times_T
@@ -103,6 +104,8 @@ class HSTULayer(nn.Module):
             time_table_NH=self.time_table_NH if times_T is not None else None,
             q_times_T=request_times_T if times_T is not None else None,
             k_times_T=times_T,
+            q_positions_T=positions_T,
+            k_positions_T=positions_T,
             activation=self.activation,
             dropout=self.attention_dropout,
             training=self.training,
@@ -196,6 +199,7 @@ class HSTUEncoder(nn.Module):
         mask: IntervalMask,
         times_T: Tensor | None = None,
         request_times_T: Tensor | None = None,
+        positions_T: Tensor | None = None,
     ) -> Tensor:
         """Encodes the tokens of jagged sequences.
 
@@ -206,6 +210,8 @@ class HSTUEncoder(nn.Module):
             times_T: int64 time of each token in seconds, for the time bias; None leaves it out.
             request_times_T: int64 time of the request that each token answers: in retrieval the next event's time,
                 known when the request comes. None means `times_T`.
+            positions_T: int64 position of each token, 0 ... `max_length` - 1, where it is not its place in its
+                sequence: a candidate's is the moment it is shown at.
 
         Returns:
             (T, D).
@@ -223,10 +229,17 @@ class HSTUEncoder(nn.Module):
                 "max_length or lower the data's"
             )
         if self.position_PD is not None:
-            x_TD = x_TD + self.position_PD[layout.position_T]
+            x_TD = x_TD + self.position_PD[layout.position_T if positions_T is None else positions_T]
         x_TD = F.dropout(x_TD, self.dropout, self.training)
         for layer in self.layers:
-            x_TD = layer(x_TD, layout=layout, mask=mask, times_T=times_T, request_times_T=request_times_T)
+            x_TD = layer(
+                x_TD,
+                layout=layout,
+                mask=mask,
+                times_T=times_T,
+                request_times_T=request_times_T,
+                positions_T=positions_T,
+            )
         return x_TD
 
     def flops(self, num_tokens: int, num_visible_pairs: int) -> int:

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_gr.batch import SequenceBatch
 from lightning_gr.layers.hstu import HSTUEncoder
-from lightning_gr.models.ranking_tokens import RankingTokens, candidate_places, num_earlier
+from lightning_gr.models.ranking_tokens import RankingTokens, candidate_places, moments, num_earlier
 from lightning_gr.ops.interval_mask import IntervalMask
 from lightning_gr.ranking_features import RankingFeatures
 
@@ -21,7 +21,8 @@ class MTGR(nn.Module):
     """Encodes candidates together with the user's context and history, under the dynamic mask.
 
     A candidate sees the context, what happened before it, and itself; so its logit does not depend on the candidates
-    beside it. Tokens have no positions, since a candidate has none; order is in the mask and in the bias by time.
+    beside it. The paper names no bias of the attention; ours, by time difference and by position, can be left out.
+    Positions are moments: a candidate stands after what happened before it.
 
     Args:
         dim: model width.
@@ -30,6 +31,7 @@ class MTGR(nn.Module):
         max_length: longest sample in tokens; its inverse is the scale of the attention, unless `scale` says it.
         dropout: on the input and on each block's output.
         time_bias: whether attention has a bias by time difference.
+        position_bias: whether attention has a bias by how many events lie between.
         scale: factor of the attention weights; None means ``1 / max_length``.
     """
 
@@ -42,10 +44,11 @@ class MTGR(nn.Module):
         max_length: int = 512,
         dropout: float = 0.1,
         time_bias: bool = True,
+        position_bias: bool = True,
         scale: float | None = None,
     ) -> None:
         super().__init__()
-        self.dim, self.max_length = dim, max_length
+        self.dim, self.max_length, self.position_bias = dim, max_length, position_bias
         self.encoder = HSTUEncoder(
             dim=dim,
             num_layers=num_layers,
@@ -53,7 +56,7 @@ class MTGR(nn.Module):
             max_length=max_length,
             dropout=dropout,
             input_position_embedding=False,
-            position_bias=False,
+            position_bias=position_bias,
             time_bias=time_bias,
             scale=scale,
         )
@@ -68,11 +71,13 @@ class MTGR(nn.Module):
     def forward(self, embedded: Mapping[str, Tensor], batch: SequenceBatch) -> Tensor:
         """States of all candidates (N, D), in the batch's order."""
         assert self.tokens is not None
+        earlier_T = num_earlier(batch)
         states_TD = self.encoder(
             self.tokens(embedded, batch),
             layout=batch.layout,
-            mask=IntervalMask.dynamic(batch.layout, batch.token_counts_B4, num_earlier(batch)),
+            mask=IntervalMask.dynamic(batch.layout, batch.token_counts_B4, earlier_T),
             times_T=batch.timestamps_T,
+            positions_T=moments(batch, earlier_T) if self.position_bias else None,
         )
         states_ND: Tensor = self.norm(states_TD[candidate_places(batch)])
         return states_ND

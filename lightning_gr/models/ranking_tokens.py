@@ -117,3 +117,14 @@ def num_earlier(batch: SequenceBatch) -> Tensor:
     before_B = counts_B.cumsum(0) - counts_B
     found_T = torch.searchsorted(keys_T[realtime], keys_T) - before_B[layout.sequence_T]
     return found_T.clamp(min=0)
+
+
+def moments(batch: SequenceBatch, num_earlier_T: Tensor) -> Tensor:
+    """Positions by time, int64 (T,): a real-time token or candidate stands after all tokens of an earlier time.
+
+    So a candidate's position does not depend on the candidates beside it, and it shares that of the event it became.
+    """
+    fixed_B = batch.token_counts_B4[:, : TokenKind.REALTIME].sum(1)
+    fixed_T = fixed_B.to(num_earlier_T.device, non_blocking=True)[batch.layout.sequence_T]
+    place_T = batch.layout.position_T
+    return torch.where(place_T < fixed_T, place_T, fixed_T + num_earlier_T)

@@ -33,6 +33,8 @@ def hstu_attention(
     time_table_NH: Tensor | None = None,
     q_times_T: Tensor | None = None,
     k_times_T: Tensor | None = None,
+    q_positions_T: Tensor | None = None,
+    k_positions_T: Tensor | None = None,
     time_bucket_width: float = 0.301,
     activation: Literal["silu", "softmax"] = "silu",
     dropout: float = 0.0,
@@ -55,6 +57,8 @@ def hstu_attention(
         time_table_NH: bias by ``floor(ln(max(1, |query time - key time|)) / time_bucket_width)``, clipped to N - 1.
         q_times_T: int64 time of each query, in seconds; None, together with `k_times_T`, means no time bias.
         k_times_T: int64 time of each key.
+        q_positions_T: int64 position of each query for the position bias; None means its place in its sequence.
+        k_positions_T: int64 position of each key.
         time_bucket_width: width of a time bucket in natural-log seconds; 0.301 is Meta's.
         activation: `silu`, or `softmax` (SASRec), which ignores `scale`; a row that sees nothing gives 0.
         dropout: probability of dropping a weight while training.
@@ -82,9 +86,23 @@ def hstu_attention(
             raise ValueError(f"{name}: expected {layout.num_tokens} times, got shape {tuple(times.shape)}")
         if times is not None and times.dtype != torch.int64:
             raise ValueError(f"{name}: expected int64 seconds, got {times.dtype}")
-    if (q_times_T is None) != (k_times_T is None):
-        missing, given = ("q_times_T", "k_times_T") if q_times_T is None else ("k_times_T", "q_times_T")
-        raise ValueError(f"{missing}=None: {given} is given; give both, or neither for no time bias")
+    for name, positions, layout in (
+        ("q_positions_T", q_positions_T, q_layout),
+        ("k_positions_T", k_positions_T, k_layout),
+    ):
+        if positions is not None and (positions.shape != (layout.num_tokens,) or positions.dtype != torch.int64):
+            raise ValueError(
+                f"{name}: expected {layout.num_tokens} int64 positions, got {positions.dtype} of shape "
+                f"{tuple(positions.shape)}"
+            )
+    for one, other, q_x, k_x in (
+        ("q_times_T", "k_times_T", q_times_T, k_times_T),
+        ("q_positions_T", "k_positions_T", q_positions_T, k_positions_T),
+    ):
+        if (q_x is None) != (k_x is None):
+            missing, given = (one, other) if q_x is None else (other, one)
+            what = "no time bias" if one == "q_times_T" else "places in the sequence"
+            raise ValueError(f"{missing}=None: {given} is given; give both, or neither for {what}")
     _check_devices(
         q_THD.device,
         k_THD=k_THD,
@@ -97,6 +115,8 @@ def hstu_attention(
         time_table_NH=time_table_NH,
         q_times_T=q_times_T,
         k_times_T=k_times_T,
+        q_positions_T=q_positions_T,
+        k_positions_T=k_positions_T,
     )
     if activation not in ("silu", "softmax"):
         raise ValueError(f"activation: expected 'silu' or 'softmax', got {activation!r}")
@@ -123,6 +143,8 @@ def hstu_attention(
         time_table_NH=time_table_NH,
         q_times_T=q_times_T,
         k_times_T=k_times_T,
+        q_positions_T=q_positions_T,
+        k_positions_T=k_positions_T,
         time_bucket_width=time_bucket_width,
         activation=activation,
         dropout=dropout if training else 0.0,

@@ -17,10 +17,10 @@ from lightning_gr.ops.jagged import JaggedLayout
 from lightning_gr.ops.jagged_dense import dense_to_jagged, jagged_to_dense
 
 
-def position_buckets(q_length: int, k_length: int, num_rows: int, device: torch.device) -> Tensor:
-    """Row of the position table for each (query, key): key minus query position, clipped, (Q, K) int64."""
+def position_buckets(q_positions_BQ: Tensor, k_positions_BK: Tensor, num_rows: int) -> Tensor:
+    """Row of the position table for each (query, key): key minus query position, clipped, (B, Q, K) int64."""
     reach = (num_rows - 1) // 2
-    distance = torch.arange(k_length, device=device) - torch.arange(q_length, device=device)[:, None]
+    distance = k_positions_BK[:, None, :] - q_positions_BQ[:, :, None]
     return distance.clamp(-reach, reach) + reach
 
 
@@ -44,6 +44,8 @@ def hstu_attention_reference(
     time_table_NH: Tensor | None,
     q_times_T: Tensor | None,
     k_times_T: Tensor | None,
+    q_positions_T: Tensor | None,
+    k_positions_T: Tensor | None,
     time_bucket_width: float,
     activation: Literal["silu", "softmax"],
     dropout: float,
@@ -54,8 +56,10 @@ def hstu_attention_reference(
     v_BHKV = jagged_to_dense(v_THV, k_layout).transpose(1, 2)
     logits = alpha * (q_BHQD @ k_BHKD.transpose(-1, -2))
     if position_table_PH is not None:
-        rows_QK = position_buckets(q_layout.max_length, k_layout.max_length, position_table_PH.shape[0], q_THD.device)
-        logits = logits + position_table_PH.to(logits.dtype).T[:, rows_QK]
+        rows_BQK = position_buckets(
+            _positions(q_positions_T, q_layout), _positions(k_positions_T, k_layout), position_table_PH.shape[0]
+        )
+        logits = logits + position_table_PH.to(logits.dtype).T[:, rows_BQK].transpose(0, 1)
     if time_table_NH is not None and q_times_T is not None and k_times_T is not None:
         rows_BQK = time_buckets(
             jagged_to_dense(q_times_T, q_layout),
@@ -76,3 +80,10 @@ def hstu_attention_reference(
         weights = torch.softmax(logits.masked_fill(~visible_B1QK, hidden), -1) * visible_B1QK
     weights = F.dropout(weights, dropout)
     return dense_to_jagged((weights @ v_BHKV).transpose(1, 2), q_layout)
+
+
+def _positions(positions_T: Tensor | None, layout: JaggedLayout) -> Tensor:
+    """Positions in dense form; without any, (1, L) places in the sequence, the same for all."""
+    if positions_T is None:
+        return torch.arange(layout.max_length, device=layout.offsets_B1.device)[None]
+    return jagged_to_dense(positions_T, layout)
