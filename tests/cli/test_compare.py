@@ -229,7 +229,7 @@ def test_seeds_and_names(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["hstu/tinny"], "hstu/tinny: unknown recipe; did you mean the recipe hstu/tiny?"),
+        (["hstu/tinny"], "hstu/tinny: unknown recipe; did you mean the recipe hstu/tiny"),
         (["absent.yaml"], "absent.yaml: no such file; "),
         (["{a: 1}"], "{a: 1}: no recipe and no file; "),
         ([], "compare: the following arguments are required: RECIPE; "),
