@@ -10,7 +10,7 @@ class RankingFeatures:
     """What the batches of a `RankingSource` hold, for models to build their layers by.
 
     Args:
-        contextual: sparse features of users with their cardinality, one contextual token each; ``user_id`` among them.
+        contextual: sparse features of users with their cardinality, one contextual token each.
         contextual_width: columns of the dense features of users, one more contextual token where there are any.
         tokens: sparse features of history and candidate tokens with their cardinality; ``item_id`` among them.
         width: columns of numeric features that history and candidate tokens have in common.

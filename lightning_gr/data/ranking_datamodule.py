@@ -32,6 +32,7 @@ class RankingDataModule(SequenceDataModule):
         cross_task: task whose causal counts and means by user, item and category candidates get; None leaves them out.
             They are counted over the whole log in memory; a log that has cross features of its own does without.
         cross_categories: item field by whose categories they are counted too.
+        user_token: whether the user's id is a contextual token.
         shuffle_window: users that are shuffled together after the row groups are.
         num_workers: background processes that collate.
         seed: seed of the shuffle; None means the run's (`seed_everything`), or 0 where it has none.
@@ -58,6 +59,7 @@ class RankingDataModule(SequenceDataModule):
         features: list[str] | None = None,
         cross_task: str | None = None,
         cross_categories: str | None = None,
+        user_token: bool = True,
         shuffle_window: int = 1 << 16,
         num_workers: int = 0,
         seed: int | None = None,
@@ -78,6 +80,7 @@ class RankingDataModule(SequenceDataModule):
         )
         self.tasks, self.max_history, self.block = tasks, max_history, block
         self.chosen_features, self.cross_task, self.cross_categories = features, cross_task, cross_categories
+        self.user_token = user_token
         self.predict_part: Part = predict_part
 
     @cached_property
@@ -109,6 +112,7 @@ class RankingDataModule(SequenceDataModule):
             block=self.block,
             features=self.chosen_features,
             cross=self._cross,
+            user_token=self.user_token,
         )
 
     @cached_property

@@ -64,6 +64,8 @@ class RankingSource(SequenceSource):
         block: most candidates of a sample.
         features: fields of events, users and items for the batch; None takes all of the store but the labels.
         cross: causal counts and means that candidates get; None leaves them out.
+        user_token: whether the user's id is a contextual token; where users have few events, its embedding learns them
+            by heart.
 
     Attributes:
         ranking_features: what the batches hold.
@@ -83,6 +85,7 @@ class RankingSource(SequenceSource):
         block: int = 64,
         features: Sequence[str] | None = None,
         cross: CrossStatistics | None = None,
+        user_token: bool = True,
     ) -> None:
         fields = {field.name: field for field in store.fields}
         if not tasks:
@@ -114,7 +117,7 @@ class RankingSource(SequenceSource):
         self.tasks: tuple[str, ...] = tuple(tasks)
         dense = [f for f in self._fields["event"] if f.kind == "dense"]
         self.ranking_features = RankingFeatures(
-            contextual={USER: self.num_rows}
+            contextual=({USER: self.num_rows} if user_token else {})
             | {f.name: int(f.cardinality or 0) for f in self._fields["user"] if f.kind == "sparse"},
             contextual_width=sum(f.kind == "dense" for f in self._fields["user"]),
             tokens={ITEM: store.num_items}
@@ -125,7 +128,16 @@ class RankingSource(SequenceSource):
             candidate_width=0 if cross is None else cross.values_EW.shape[1],
             tasks=self.tasks,
         )
-        settings = (store.fingerprint, part, split.identity(), max_history, block, sorted(self._tasks.items()), columns)
+        settings = (
+            store.fingerprint,
+            part,
+            split.identity(),
+            max_history,
+            block,
+            sorted(self._tasks.items()),
+            columns,
+            user_token,
+        )
         self.fingerprint = "-".join(str(x) for x in settings)
         self._missing = self._missing_labels()
 

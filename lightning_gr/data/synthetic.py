@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ TOP_K = 10
 _SUCCESSOR_SHARES = np.array([0.4, 0.25, 0.15, 0.1, 0.06, 0.04])
 _FIRST_TIME = 1_700_000_000
 _BLOCK_USERS = 16_384
+_TASTE_NODES = 20
 _TASTE_STD, _QUALITY_STD, _FOLLOWING_GAIN, _CLICK_INTERCEPT = 0.7, 1.0, 1.5, -1.0
 
 
@@ -34,7 +36,8 @@ class SyntheticLog:
         num_events: events.
         best_hr: expected HR@10 of the best possible ranking of the test items.
         best_ndcg: its expected NDCG@10.
-        best_auc: expected AUC of the test items' clicks, ranked by their true probabilities.
+        best_auc: expected AUC of the test items' clicks, ranked by who knows all but the users' tastes, and of those
+            what their clicks tell.
     """
 
     num_users: int
@@ -127,6 +130,31 @@ class Clicks:
         return probabilities
 
 
+    def given_history(self, items: Array, last: Array, clicked: Array, places: Sequence[Array]) -> list[Array]:
+        """Probability of a click for who knows everything but the user's taste, which the clicks before it tell of.
+
+        Args:
+            items: (U, L) items.
+            last: (U, L) item before each, -1 where there is none.
+            clicked: (U, L) clicks.
+            places: for each result, the event of each user (U,).
+
+        Returns:
+            Probabilities (U,) by Bayes' rule, the taste integrated by Gauss-Hermite quadrature.
+        """
+        nodes, weights = np.polynomial.hermite_e.hermegauss(_TASTE_NODES)
+        log_posterior = np.repeat(np.log(weights)[None], len(items), axis=0)
+        found = [np.zeros(len(items)) for _ in places]
+        for step in range(items.shape[1]):
+            chances = self.probabilities(_TASTE_STD * nodes, items[:, step, None], last[:, step, None])
+            for result, place in zip(found, places, strict=True):
+                here = np.flatnonzero(place == step)
+                posterior = np.exp(log_posterior[here] - log_posterior[here].max(1, keepdims=True))
+                result[here] = (posterior * chances[here]).sum(1) / posterior.sum(1)
+            log_posterior += np.log(np.where(clicked[:, step, None], chances, 1 - chances))
+        return found
+
+
 def best_auc(probabilities: Array) -> float:
     """Expected share of (clicked, not clicked) pairs that ranking by the true probabilities puts right."""
     p = np.sort(probabilities)
@@ -202,11 +230,12 @@ def write_synthetic_log(
                 _write_block(file, begin, lengths, raw_ids[items], times, clicked)
                 num_events += int(lengths.sum())
                 rows = np.arange(count)
-                for split, back in splits:
+                known = clicks.given_history(items, before, clicked, [lengths - back + 1 for _, back in splits])
+                for (split, back), chance in zip(splits, known, strict=True):
                     best = chain.best_possible(items[rows, lengths - back], items[rows, lengths - back - 1])
                     for name, value in best.items():
                         sums[split][name] = sums[split].get(name, 0.0) + value * count
-                    of_targets[split].append(chances[rows, lengths - back + 1])
+                    of_targets[split].append(chance)
         oracle = {
             split: {name: value / num_users for name, value in sums[split].items()}
             | {"click AUC": best_auc(np.concatenate(of_targets[split]))}

@@ -164,6 +164,19 @@ def test_settings_that_cannot_work_are_named(tmp_path: Path, setting: str, value
     assert not list(tmp_path.iterdir())
 
 
+def observed(planted: Clicks, items: Any, clicks: list[int]) -> float:
+    """Probability of the last click when the taste is known by the clicks before alone: Bayes' rule on a fine grid."""
+    tastes = np.linspace(-6, 6, 2001) * 0.7
+    weight = np.exp(-0.5 * (tastes / 0.7) ** 2)
+    for step, (item, click) in enumerate(zip(items, clicks, strict=True)):
+        last = np.full(2001, items[step - 1] if step else -1)
+        p = planted.probabilities(tastes, np.full(2001, item), last)
+        if step == len(items) - 1:
+            return float((weight * p).sum() / weight.sum())
+        weight = weight * (p if click else 1 - p)
+    raise AssertionError
+
+
 def test_clicks_have_the_planted_probability_and_the_oracle_ranks_them_best(written: tuple[Path, Any]) -> None:
     path, summary = written
     chain = MarkovItems(num_items=60, first=0.6, second=0.25, seed=5)
@@ -182,13 +195,14 @@ def test_clicks_have_the_planted_probability_and_the_oracle_ranks_them_best(writ
         p = planted.probabilities(np.full(len(items), taste), items, np.concatenate([[-1], items[:-1]]))
         chances += p.tolist()
         clicks += [click for _, click in events]
-        of_targets.append((p[-1], events[-1][1]))
+        of_targets.append((observed(planted, items, [click for _, click in events]), events[-1][1]))
     assert within_error((np.array(clicks) - np.array(chances)).tolist(), 0.0)
     for low in np.arange(0.0, 1.0, 0.2):  # calibrated in every range
         chosen = (np.array(chances) >= low) & (np.array(chances) < low + 0.2)
         assert within_error((np.array(clicks)[chosen] - np.array(chances)[chosen]).tolist(), 0.0)
     p, y = (np.array(column) for column in zip(*of_targets, strict=True))
     wins = (p[y == 1][:, None] > p[y == 0]).mean() + 0.5 * (p[y == 1][:, None] == p[y == 0]).mean()
+    assert best_auc(p) == pytest.approx(summary.best_auc, abs=1e-6)
     assert abs(wins - summary.best_auc) < 0.03
     oracle = json.loads(path.with_suffix(".oracle.json").read_text())
     assert oracle["test"]["click AUC"] == summary.best_auc
