@@ -32,6 +32,7 @@ _MAX_SEED = 2**32 - 1
 _SECONDS_TO_STOP = 5.0
 _ERROR = "lightning-gr: error: "
 _INTERRUPTED = 130
+_WIDTH_OF_FILES = 160
 
 
 @dataclass(frozen=True)
@@ -412,6 +413,8 @@ def _show(contenders: list[_Contender], seeds: list[int], metrics: list[str]) ->
         cells += [f"{contender.parameters:,}", f"{contender.minutes:.2f}"]
         table.add_row(Text(contender.name), *cells)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=_WIDTH_OF_FILES)
     console.print()
     console.print(table, highlight=False)
     if len(contenders) > 1:
