@@ -15,7 +15,8 @@ import pytest
 
 
 def _load(file: str) -> Any:
-    name = "gloo_job_" + os.path.basename(file).removesuffix(".py")
+    # Folders have files of the same name.
+    name = "gloo_job_" + os.path.relpath(file, os.path.dirname(__file__)).removesuffix(".py").replace(os.sep, "_")
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, file)
         assert spec is not None

@@ -129,7 +129,6 @@ class Clicks:
         probabilities: Array = 1 / (1 + np.exp(-logits))
         return probabilities
 
-
     def given_history(self, items: Array, last: Array, clicked: Array, places: Sequence[Array]) -> list[Array]:
         """Probability of a click for who knows everything but the user's taste, which the clicks before it tell of.
 
