@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
@@ -91,6 +91,26 @@ def build_optimizer(
         if lr_factor != 1.0:
             options["lr"] = options["lr"] * lr_factor
     return optimizer
+
+
+def optimizer_and_schedule(
+    module: nn.Module,
+    factory: OptimizerCallable,
+    schedule: LRSchedulerCallable | None,
+    groups: Sequence[ParameterGroup] = (),
+) -> Any:
+    """What ``configure_optimizers`` returns: the optimiser of `build_optimizer`, and a schedule stepped every step.
+
+    Args:
+        module: whose dense parameters are trained.
+        factory: makes the optimiser.
+        schedule: makes the schedule on it; None keeps the rate.
+        groups: parameters treated differently.
+    """
+    optimizer = build_optimizer(module.named_parameters(), factory, groups=groups)
+    if schedule is None:
+        return optimizer
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule(optimizer), "interval": "step"}}
 
 
 def _group(parameters: list[Tensor], weight_decay: float | None) -> dict[str, Any]:

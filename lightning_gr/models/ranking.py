@@ -22,7 +22,7 @@ from lightning_gr.batch import SequenceBatch
 from lightning_gr.embeddings import embedding_collection
 from lightning_gr.layers.multi_task import MultiTaskHeads
 from lightning_gr.metrics import AUC, Calibration, GroupedAUC, NormalizedEntropy, WeightedMean
-from lightning_gr.models.parameter_groups import ParameterGroup, build_optimizer
+from lightning_gr.models.parameter_groups import ParameterGroup, optimizer_and_schedule
 from lightning_gr.models.ranking_tokens import candidate_places
 from lightning_gr.ranking_features import RankingFeatures
 
@@ -161,13 +161,7 @@ class RankingModule(pl.LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self.named_parameters(), self.make_optimizer, groups=self.parameter_groups)
-        if self.make_lr_scheduler is None:
-            return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"},
-        }
+        return optimizer_and_schedule(self, self.make_optimizer, self.make_lr_scheduler, self.parameter_groups)
 
     # ---- a batch -----------------------------------------------------------------------------------------------
 

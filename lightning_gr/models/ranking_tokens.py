@@ -1,8 +1,8 @@
 """RankingTokens: contextual, history and candidate tokens out of looked-up features.
 
 MTGR (arXiv 2505.18654), section 3.2: each user scalar is a token; each event of the history and each candidate is a
-token made by an MLP over its concatenated features, with separate MLPs for static history, real-time history and
-candidates.
+token made by an MLP over its concatenated features. The paper has separate MLPs for static and real-time history; here
+they share one, and candidates have their own.
 
 Shape suffixes: B sequences, T tokens of all sequences together, X event tokens (T without the contextual ones), E width
 of an embedding, D model width, W columns of numeric features.
@@ -27,10 +27,9 @@ class RankingTokens(nn.Module):
         features: what batches hold.
         embedding_dim: width of the looked-up embeddings.
         dim: width of the tokens.
-        share_history: whether static and real-time history have one MLP.
     """
 
-    def __init__(self, *, features: RankingFeatures, embedding_dim: int, dim: int, share_history: bool = True) -> None:
+    def __init__(self, *, features: RankingFeatures, embedding_dim: int, dim: int) -> None:
         super().__init__()
         self.features, self.dim = features, dim
         common = len(features.tokens) * embedding_dim + features.width
@@ -40,9 +39,7 @@ class RankingTokens(nn.Module):
 
         self.contextual = nn.ModuleDict({name: nn.Linear(embedding_dim, dim) for name in features.contextual})
         self.contextual_numbers = nn.Linear(features.contextual_width, dim) if features.contextual_width else None
-        history = common + features.history_width
-        self.static = mlp(history)
-        self.realtime = self.static if share_history else mlp(history)
+        self.history = mlp(common + features.history_width)
         self.candidate = mlp(common + features.candidate_width)
 
     @override
@@ -54,15 +51,14 @@ class RankingTokens(nn.Module):
             batch: the batch.
         """
         kind_T = batch.kind_T
-        # Features of one width side by side are one concatenation, whatever their number.
         numbers_TW = batch.dense["numbers"]
         event_T = kind_T != TokenKind.CONTEXTUAL
         place_T = event_T.cumsum(0) - 1
         event_XE = torch.cat([embedded[name] for name in self.features.tokens], 1)
         tokens_TD = event_XE.new_zeros(batch.num_tokens, self.dim)
         for kind, layer, own in (
-            (TokenKind.STATIC, self.static, "actions"),
-            (TokenKind.REALTIME, self.realtime, "actions"),
+            (TokenKind.STATIC, self.history, "actions"),
+            (TokenKind.REALTIME, self.history, "actions"),
             (TokenKind.CANDIDATE, self.candidate, "cross"),
         ):
             at = token_places(batch, kind).to(kind_T.device, non_blocking=True)

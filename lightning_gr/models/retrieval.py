@@ -24,7 +24,7 @@ from typing_extensions import override
 from lightning_gr.batch import PADDING_SAMPLE_ID, SequenceBatch
 from lightning_gr.embeddings import CandidateBlock, corpus_share, embedding_collection, process_group_of
 from lightning_gr.metrics import NDCG, HitRate, MeanReciprocalRank, WeightedMean
-from lightning_gr.models.parameter_groups import ParameterGroup, build_optimizer
+from lightning_gr.models.parameter_groups import ParameterGroup, optimizer_and_schedule
 from lightning_gr.negatives import UniformNegatives
 from lightning_gr.ops.interval_mask import IntervalMask
 
@@ -213,13 +213,7 @@ class RetrievalModule(pl.LightningModule):
 
     @override
     def configure_optimizers(self) -> Any:
-        optimizer = build_optimizer(self.named_parameters(), self.make_optimizer, groups=self.parameter_groups)
-        if self.make_lr_scheduler is None:
-            return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.make_lr_scheduler(optimizer), "interval": "step"},
-        }
+        return optimizer_and_schedule(self, self.make_optimizer, self.make_lr_scheduler, self.parameter_groups)
 
     # ---- a batch -----------------------------------------------------------------------------------------------
 
