@@ -1,0 +1,63 @@
+"""Which implementation of an operator runs: by device, by an argument of the call, or for everything inside a block."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Literal, get_args
+
+import torch
+
+Backend = Literal["auto", "reference", "cpu", "triton"]
+
+_override: ContextVar[Backend] = ContextVar("lightning_gr_backend", default="auto")
+
+
+@contextmanager
+def use_backend(backend: Backend) -> Iterator[None]:
+    """Operators called inside without a `backend` of their own take this one.
+
+    The backward pass of an operator is always by the implementation that ran its forward.
+
+    Args:
+        backend: `reference` is dense PyTorch, differentiable twice and in float64; `cpu` and `triton` are the fused
+            ones, `auto` takes that of the tensors' device.
+
+    Raises:
+        ValueError: no such backend.
+    """
+    token = _override.set(_known(backend))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def choose_backend(backend: Backend, device: torch.device) -> Backend:
+    """The implementation to run: that of the call, else that of the enclosing `use_backend`, else the device's.
+
+    Returns:
+        `reference`, `cpu` or `triton`.
+
+    Raises:
+        ValueError: no such backend, or one that does not run on the device.
+    """
+    if _known(backend) == "auto":
+        backend = _override.get()
+    if backend == "auto":
+        return {"cpu": "cpu", "cuda": "triton"}.get(device.type, "reference")  # type: ignore[return-value]
+    if backend == "cpu" and device.type != "cpu":
+        raise ValueError(f"backend='cpu': the tensors are on {device}; use 'auto', 'triton' or 'reference'")
+    if backend == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"backend='triton': the tensors are on {device}; use 'auto', or TRITON_INTERPRET=1 to interpret the kernel"
+        )
+    return backend
+
+
+def _known(backend: Backend) -> Backend:
+    if backend not in get_args(Backend):
+        raise ValueError(f"backend: expected one of {', '.join(get_args(Backend))}, got {backend!r}")
+    return backend
