@@ -14,7 +14,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
+from lightning_gr.ops.backend import use_backend
 from lightning_gr.ops.hstu_attention import attention_flops, hstu_attention
+from lightning_gr.ops.hstu_attention.cpu import time_thresholds
+from lightning_gr.ops.hstu_attention.reference import time_buckets
 from lightning_gr.ops.interval_mask import IntervalMask
 from lightning_gr.ops.jagged import JaggedLayout
 
@@ -172,20 +175,38 @@ def make_case(
     return Case([x.requires_grad_() for x in tensors], q_lengths, keys, mask, sees, q_times, k_times, activation)
 
 
+# Backend and dtype of each implementation, and how far it may be from the truth relative to the largest value.
+IMPLEMENTATIONS: list[tuple[str, torch.dtype, float]] = [
+    ("reference", torch.float64, 1e-11),
+    ("cpu", torch.float64, 1e-11),  # by blocks of rows in PyTorch
+    ("cpu", torch.float32, 3e-6),  # compiled
+]
+
+
 def check(case: Case) -> list[Tensor]:
-    """Outputs and every gradient equal the truth's; returns the gradients."""
-    ours, true = case.ours(case.tensors), case.true(case.tensors)
-    assert ours.shape == true.shape
-    assert ours.dtype == torch.float64
-    torch.testing.assert_close(ours, true, rtol=1e-10, atol=1e-12)
+    """Outputs and every gradient of every implementation equal the truth's; returns the reference's gradients."""
+    true = case.true(case.tensors)
     cotangent = torch.randn(true.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    gradients = [
-        torch.autograd.grad(out, case.tensors, cotangent, allow_unused=True, materialize_grads=True)
-        for out in (ours, true)
-    ]
-    for name, mine, wanted in zip(("q", "k", "v", "position", "time", "scale"), *gradients, strict=True):
-        torch.testing.assert_close(mine, wanted, rtol=1e-9, atol=1e-11, msg=lambda text, name=name: f"{name}: {text}")
-    return list(gradients[0])
+    settings: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
+    wanted = [true, *torch.autograd.grad(true, case.tensors, cotangent, **settings)]
+    found: dict[Any, list[Tensor]] = {}
+    for backend, dtype, tolerance in IMPLEMENTATIONS:
+        tensors = [x.detach().to(dtype).requires_grad_() for x in case.tensors]
+        ours = case.ours(tensors, backend=backend)
+        assert ours.shape == true.shape
+        assert ours.dtype == dtype
+        found[backend, dtype] = [ours, *torch.autograd.grad(ours, tensors, cotangent.to(dtype), **settings)]
+        names = ("output", "q", "k", "v", "position", "time", "scale")
+        for name, mine, truth_ in zip(names, found[backend, dtype], wanted, strict=True):
+            largest = float(truth_.detach().abs().max()) if truth_.numel() else 0.0
+            torch.testing.assert_close(
+                mine.double(),
+                truth_,
+                rtol=0,
+                atol=tolerance * max(largest, 1.0),
+                msg=lambda text, name=name, by=(backend, dtype): f"{name} by {by}: {text}",
+            )
+    return found["reference", torch.float64][1:]
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -240,11 +261,97 @@ def test_derivatives_of_both_orders(activation: str) -> None:
     inputs = case.tensors if activation == "silu" else case.tensors[:-1]
     scale = case.tensors[-1].detach()
 
-    def call(*tensors: Tensor) -> Tensor:
-        return case.ours(list(tensors) if activation == "silu" else [*tensors, scale])
+    def call(*tensors: Tensor, backend: str = "reference") -> Tensor:
+        return case.ours(list(tensors) if activation == "silu" else [*tensors, scale], backend=backend)
 
     assert torch.autograd.gradcheck(call, inputs)
     assert torch.autograd.gradgradcheck(call, inputs)
+    assert torch.autograd.gradcheck(lambda *tensors: call(*tensors, backend="cpu"), inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_fused_implementation_says_that_it_is_differentiable_once(dtype: torch.dtype) -> None:
+    q = torch.randn(3, 1, 2, dtype=dtype, requires_grad=True)
+    arguments: dict[str, Any] = {"q_layout": make([3]), "mask": IntervalMask.causal(make([3])), "scale": 0.5}
+    with pytest.raises(RuntimeError, match="use_backend\\('reference'\\)"):
+        torch.autograd.grad(hstu_attention(q, q, q, **arguments).sum(), q, create_graph=True)
+    with use_backend("reference"):
+        out = hstu_attention(q, q, q, **arguments)
+    (gradient,) = torch.autograd.grad(out.sum(), q, create_graph=True)
+    (second,) = torch.autograd.grad(gradient.square().sum(), q)
+    assert float(second.abs().sum()) > 0
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("positions", [False, True])
+def test_long_sequences_in_compiled_tiles(activation: str, positions: bool) -> None:
+    """Beyond one tile in every direction, against the reference, which the other tests hold to the formula."""
+    torch.manual_seed(3)
+    lengths = torch.tensor([301, 0, 64, 1, 530])
+    layout = JaggedLayout.from_lengths(lengths)
+    num_tokens, length_T = layout.num_tokens, lengths[layout.sequence_T]
+    edges = (torch.rand(num_tokens, 3) * (length_T[:, None] + 1)).long().sort(1).values
+    masks = [
+        IntervalMask.causal(layout),
+        IntervalMask(*(x.contiguous() for x in edges.unbind(1)), torch.rand(num_tokens) < 0.5),
+    ]
+    tensors = [torch.randn(num_tokens, 3, width) for width in (20, 20, 36)]
+    tensors += [torch.randn(41, 3), torch.randn(30, 3), torch.rand(5)]
+    times_T = torch.randint(0, 10**7, (num_tokens,))
+    times_T[:301] += torch.arange(301) * 2**40  # a span beyond 32 bits
+    places_T = torch.randint(0, 50, (num_tokens,)) if positions else None
+    cotangent = torch.randn(num_tokens, 3, 36)
+    for mask in masks:
+        results = []
+        for backend, dtype in (("cpu", torch.float32), ("cpu", torch.float32), ("reference", torch.float64)):
+            # Slices of one projection, as the layer makes them.
+            joined = torch.cat(tensors[:3], 2).to(dtype).requires_grad_()
+            rest = [x.to(dtype).requires_grad_() for x in tensors[3:]]
+            out = hstu_attention(
+                *joined.split([20, 20, 36], 2),
+                q_layout=layout,
+                mask=mask,
+                scale=rest[2],
+                position_table_PH=rest[0],
+                time_table_NH=rest[1],
+                q_times_T=times_T,
+                k_times_T=times_T,
+                q_positions_T=places_T,
+                k_positions_T=places_T,
+                activation=activation,  # type: ignore[arg-type]
+                backend=backend,  # type: ignore[arg-type]
+            )
+            inputs = [joined, *rest[: 3 if activation == "silu" else 2]]
+            results.append([out, *torch.autograd.grad(out, inputs, cotangent.to(dtype))])
+        # A row of a table sums tens of thousands of pairs, which nearly cancel under softmax.
+        tolerances = [5e-6, 5e-6, 1e-4, 1e-4, 1e-4]
+        for once, again, wanted, tolerance in zip(*results, tolerances[: len(results[0])], strict=True):
+            assert torch.equal(once, again)  # bit for bit
+            assert float(((once - wanted).abs().max() / wanted.abs().max()).detach()) < tolerance
+
+
+def test_thresholds_of_time_buckets_are_the_references() -> None:
+    for width in (0.301, 0.05, 1.5):
+        found = time_thresholds(40, width)
+        for gap in (*range(1, 300), *(int(x) + d for x in found[found < 2**40] for d in (-1, 0, 1) if x > 1)):
+            bucket = int(time_buckets(torch.tensor([[gap]]), torch.tensor([[0]]), 40, width))
+            assert int(torch.searchsorted(found[1:], gap, right=True)) == bucket, gap
+
+
+def test_dropped_weights_are_the_same_in_the_backward_pass() -> None:
+    for dtype in (torch.float32, torch.float64):
+        size, layout = 70, make([70])
+        everything = torch.full((size,), size)
+        mask = IntervalMask(everything, everything, everything, torch.zeros(size, dtype=torch.bool))
+        q, k = torch.randn(2, size, 1, 4, dtype=dtype)
+        v = torch.eye(size, dtype=dtype)[:, None].requires_grad_()  # the output is the weights
+        for activation in ("silu", "softmax"):
+            arguments: dict[str, Any] = {"activation": activation, "dropout": 0.4, "training": True}
+            weights = hstu_attention(q, k, v, q_layout=layout, mask=mask, scale=0.5, **arguments)
+            cotangent = torch.randn(size, 1, size, dtype=dtype)
+            (found,) = torch.autograd.grad(weights, v, cotangent)
+            torch.testing.assert_close(found[:, 0], weights[:, 0].detach().T @ cotangent[:, 0], rtol=1e-4, atol=1e-5)
+            assert 0.35 < float((weights == 0).float().mean()) < 0.45
 
 
 def test_softmax_is_torchs_own() -> None:
@@ -462,7 +569,7 @@ META_MASK = IntervalMask(
         ({"activation": "relu"}, r"activation: expected 'silu' or 'softmax', got 'relu'"),
         ({"dropout": 1.0}, r"dropout: expected a probability in \[0, 1\), got 1\.0"),
         ({"dropout": -0.1}, r"dropout: .*got -0\.1"),
-        ({"backend": "cuda"}, r"backend: expected 'auto' or 'reference', got 'cuda'"),
+        ({"backend": "cuda"}, r"backend: expected one of auto, reference, cpu, triton, got 'cuda'"),
         ({"time_bucket_width": 0.0}, r"time_bucket_width: expected a number above 0, got 0\.0"),
         ({"time_bucket_width": math.nan}, r"time_bucket_width: expected a number above 0, got nan"),
     ],

@@ -7,11 +7,13 @@ P rows of the position table, N time buckets.
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lightning_gr.ops.backend import Backend, choose_backend
+from lightning_gr.ops.hstu_attention.cpu import hstu_attention_cpu
 from lightning_gr.ops.hstu_attention.reference import hstu_attention_reference
 from lightning_gr.ops.interval_mask import IntervalMask
 from lightning_gr.ops.jagged import JaggedLayout
@@ -39,7 +41,7 @@ def hstu_attention(
     activation: Literal["silu", "softmax"] = "silu",
     dropout: float = 0.0,
     training: bool = False,
-    backend: Literal["auto", "reference"] = "auto",
+    backend: Backend = "auto",
 ) -> Tensor:
     """Pointwise attention of HSTU (arXiv 2402.17152, section 3): ``scale * (silu(alpha q k^T + bias) * mask) v``.
 
@@ -63,7 +65,7 @@ def hstu_attention(
         activation: `silu`, or `softmax` (SASRec), which ignores `scale`; a row that sees nothing gives 0.
         dropout: probability of dropping a weight while training.
         training: whether `dropout` is applied.
-        backend: which implementation; `auto` takes the best one there is for the device.
+        backend: which implementation; `auto` takes that of an enclosing `use_backend`, else the device's.
 
     Returns:
         (T, H, V), the dtype of the inputs.
@@ -122,15 +124,20 @@ def hstu_attention(
         raise ValueError(f"activation: expected 'silu' or 'softmax', got {activation!r}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
-    if backend not in ("auto", "reference"):
-        raise ValueError(f"backend: expected 'auto' or 'reference', got {backend!r}")
     if not time_bucket_width > 0:
         raise ValueError(f"time_bucket_width: expected a number above 0, got {time_bucket_width}")
     if os.environ.get("LIGHTNING_GR_DEBUG") == "1":
         q_layout.check_values("q_layout")
         k_layout.check_values("k_layout")
         mask.check_values(q_layout, k_layout)
-    return hstu_attention_reference(
+    implementation: Any = hstu_attention_reference
+    if (chosen := choose_backend(backend, q_THD.device)) == "cpu":
+        implementation = hstu_attention_cpu
+    elif chosen == "triton":
+        from lightning_gr.ops.hstu_attention.triton_kernel import hstu_attention_triton
+
+        implementation = hstu_attention_triton
+    out: Tensor = implementation(
         q_THD,
         k_THD,
         v_THV,
@@ -149,6 +156,7 @@ def hstu_attention(
         activation=activation,
         dropout=dropout if training else 0.0,
     )
+    return out
 
 
 def _check(
