@@ -20,6 +20,7 @@ TOOLS = {
     "prepare": "PATH OUTPUT: an event log to an event store",
     "store": "check, info, index PATH: event stores",
     "compare": "RECIPE ...: train each with several seeds, test metrics with intervals",
+    "mask": "--config RECIPE: which tokens see which in a batch, and leaks of the future",
     "demo": "train on two processes and show recommendations",
     "doctor": "what is installed, what fits together, what is missing",
 }
@@ -84,6 +85,11 @@ def _dispatch(args: list[str]) -> int:
         from lightning_gr.cli import compare
 
         return compare.main(args[1:])
+    if command == "mask":
+        _check_configs(args)
+        from lightning_gr.cli import mask
+
+        return mask.main(args[1:])
     if command == "demo":
         from lightning_gr.cli import demo
 

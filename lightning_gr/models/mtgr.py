@@ -6,6 +6,7 @@ Shape suffixes: T tokens of all sequences together, N candidates, D model width.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import Tensor, nn
 from typing_extensions import override
@@ -67,17 +68,20 @@ class MTGR(nn.Module):
         """Makes the layers whose sizes the data decides."""
         self.tokens = RankingTokens(features=features, embedding_dim=embedding_dim, dim=self.dim)
 
+    def attention_inputs(self, batch: SequenceBatch) -> dict[str, Any]:
+        """What the encoder is told of a batch beside its tokens; `lightning-gr mask` shows it."""
+        earlier_T = num_earlier(batch)
+        return {
+            "layout": batch.layout,
+            "mask": IntervalMask.dynamic(batch.layout, batch.token_counts_B4, earlier_T),
+            "times_T": batch.timestamps_T,
+            "positions_T": moments(batch, earlier_T) if self.position_bias else None,
+        }
+
     @override
     def forward(self, embedded: Mapping[str, Tensor], batch: SequenceBatch) -> Tensor:
         """States of all candidates (N, D), in the batch's order."""
         assert self.tokens is not None
-        earlier_T = num_earlier(batch)
-        states_TD = self.encoder(
-            self.tokens(embedded, batch),
-            layout=batch.layout,
-            mask=IntervalMask.dynamic(batch.layout, batch.token_counts_B4, earlier_T),
-            times_T=batch.timestamps_T,
-            positions_T=moments(batch, earlier_T) if self.position_bias else None,
-        )
+        states_TD = self.encoder(self.tokens(embedded, batch), **self.attention_inputs(batch))
         states_ND: Tensor = self.norm(states_TD[candidate_places(batch)])
         return states_ND

@@ -175,6 +175,20 @@ class RankingModule(pl.LightningModule):
             )
         return batch
 
+    def attention_inputs(self, batch: SequenceBatch) -> dict[str, Any]:
+        """What the network's encoder is told of a batch beside its tokens; `lightning-gr mask` shows it.
+
+        Raises:
+            MisconfigurationException: the network has no attention between tokens.
+        """
+        if not hasattr(self.network, "attention_inputs"):
+            raise MisconfigurationException(
+                f"network: {type(self.network).__name__} has no attention between the tokens of a sequence; only "
+                "networks such as MTGR have a mask"
+            )
+        inputs: dict[str, Any] = self.network.attention_inputs(batch)  # type: ignore[operator]
+        return inputs
+
     def embed(self, batch: SequenceBatch) -> dict[str, Tensor]:
         """By sparse feature, an embedding for each value of it in the batch."""
         assert self.tables is not None

@@ -276,16 +276,19 @@ class RetrievalModule(pl.LightningModule):
         assert self.tables is not None
         return {name: jagged.values() for name, jagged in self.tables(batch.features).items()}
 
+    def attention_inputs(self, batch: SequenceBatch) -> dict[str, Any]:
+        """What the encoder is told of a batch beside its tokens; `lightning-gr mask` shows it."""
+        return {
+            "layout": batch.layout,
+            "mask": IntervalMask.causal(batch.layout),
+            "times_T": batch.timestamps_T,
+            "request_times_T": batch.request_timestamps_T,
+        }
+
     def encode(self, features: Mapping[str, Tensor], batch: SequenceBatch) -> Tensor:
         """User states (T, D), one after each token of the history."""
         scale = float(self.encoder.dim) ** 0.5  # type: ignore[arg-type]
-        states_TD: Tensor = self.encoder(
-            features["item_id"] * scale,
-            layout=batch.layout,
-            mask=IntervalMask.causal(batch.layout),
-            times_T=batch.timestamps_T,
-            request_times_T=batch.request_timestamps_T,
-        )
+        states_TD: Tensor = self.encoder(features["item_id"] * scale, **self.attention_inputs(batch))
         return states_TD
 
     def score(self, features: Mapping[str, Tensor], batch: SequenceBatch) -> RetrievalScores:

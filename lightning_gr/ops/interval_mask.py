@@ -89,6 +89,144 @@ class IntervalMask:
         return cls._prefix(torch.minimum(layout.position_T + 1, history_T), layout.position_T >= history_T)
 
     @classmethod
+    def listwise_groups(
+        cls,
+        layout: JaggedLayout,
+        num_groups_B: Tensor,
+        group_sizes_G: Tensor,
+        *,
+        num_contextual_B: Tensor | None = None,
+    ) -> IntervalMask:
+        """The last tokens of a sequence are lists of candidates: each sees the history and all of its own list.
+
+        NVIDIA's kernels call it ``target_group_size``: lists of one size, causal inside. Here lists have any size and
+        are seen whole. Lists of one candidate each are `candidates`.
+
+        Args:
+            layout: lengths of the sequences, candidates included.
+            num_groups_B: lists of each sequence, int64, on the host.
+            group_sizes_G: candidates of each list, sequence by sequence, int64, on the host.
+            num_contextual_B: contextual tokens of each sequence, as in `contextual_prefix`; None means none.
+
+        Raises:
+            ValueError: counts that do not fit the sequences or each other, by name.
+        """
+        for name, counts in (("num_groups_B", num_groups_B), ("group_sizes_G", group_sizes_G)):
+            if counts.device.type != "cpu" or counts.dtype != torch.int64 or counts.dim() != 1 or (counts < 0).any():
+                raise ValueError(
+                    f"{name}: expected int64 counts of at least 0 on the CPU, one-dimensional, got {counts.dtype} of "
+                    f"shape {tuple(counts.shape)} on {counts.device}"
+                )
+        if num_groups_B.shape != layout.lengths_B.shape or int(num_groups_B.sum()) != len(group_sizes_G):
+            raise ValueError(
+                f"num_groups_B: expected a count for each of {layout.num_sequences} sequence(s), {len(group_sizes_G)} "
+                f"together as in group_sizes_G, got {len(num_groups_B)} that are {int(num_groups_B.sum())} together"
+            )
+        sequence_G = torch.repeat_interleave(num_groups_B)
+        candidates_B = torch.zeros_like(layout.lengths_B).index_add(0, sequence_G, group_sizes_G)
+        contextual_T, history_T = _parts(layout, num_contextual_B, candidates_B, "group_sizes_G of sequence ")
+        a_T = torch.maximum(torch.minimum(layout.position_T + 1, history_T), contextual_T)
+        # On the host, where the sizes are: a list begins where the lists before it in its sequence end.
+        history_B, ends_G = layout.lengths_B - candidates_B, group_sizes_G.cumsum(0)
+        last_G = (history_B - candidates_B.cumsum(0) + candidates_B)[sequence_G] + ends_G
+        bounds_2G = torch.stack([last_G - group_sizes_G, last_G])
+        bounds_2N = torch.repeat_interleave(bounds_2G, group_sizes_G, 1).to(a_T.device, non_blocking=True)
+        candidate_T = layout.position_T >= history_T
+        b_T = c_T = a_T
+        if bounds_2N.shape[1]:
+            # The n-th candidate of the batch takes the n-th column; the other tokens take any, and keep their a.
+            place_T = (candidate_T.cumsum(0) - 1).clamp(min=0)
+            b_T, c_T = torch.where(candidate_T, bounds_2N[:, place_T], a_T).unbind()
+        return cls(a_T, b_T, c_T, torch.zeros_like(candidate_T))
+
+    @classmethod
+    def sliding_window(
+        cls,
+        layout: JaggedLayout,
+        window: int,
+        *,
+        num_contextual_B: Tensor | None = None,
+        num_candidates_B: Tensor | None = None,
+    ) -> IntervalMask:
+        """Row i sees the columns j with ``0 <= i - j < window``, and the contextual tokens from anywhere.
+
+        A candidate sees itself and what the token right behind the history would see; its distance does not count the
+        candidates before it, so it does not depend on them. Contextual tokens see each other fully.
+
+        The same window has other numbers elsewhere. Meta's ``max_attn_len`` is the farthest distance, so `window` is
+        ``max_attn_len + 1``; its contextual tokens are all one step before the history and drop out of the window of
+        far rows, and they see the whole history, which ours never do. NVIDIA's ``window_size=(left, 0)`` is a farthest
+        distance too, so `window` is ``left + 1``; ``left = -1`` is no window, and it takes neither contextual tokens
+        nor candidates beside one.
+
+        Args:
+            layout: lengths of the sequences, candidates included.
+            window: columns in the window, the row's own among them.
+            num_contextual_B: contextual tokens at the start of each sequence, int64, on the host; None means none.
+            num_candidates_B: candidates at the end of each sequence, int64, on the host; None means none.
+
+        Raises:
+            ValueError: a window below 1, or counts that do not fit the sequences, by name.
+        """
+        nobody_T = torch.zeros_like(layout.position_T, dtype=torch.bool)
+        return cls._local(layout, window, 0, nobody_T, *_parts(layout, num_contextual_B, num_candidates_B))
+
+    @classmethod
+    def semi_local(
+        cls,
+        layout: JaggedLayout,
+        window: int,
+        *,
+        num_full: int = 0,
+        num_prefix: int = 0,
+        num_contextual_B: Tensor | None = None,
+        num_candidates_B: Tensor | None = None,
+    ) -> IntervalMask:
+        """A sliding window, which the first tokens reach past as columns, the last ones as rows, or both.
+
+        Two things bear the name. In the paper of ULTRA-HSTU (arXiv 2602.16986) every row sees a local window and a
+        global one, the oldest tokens: `num_prefix`. In Meta's code the rows beside the window are few and last: with
+        ``min_full_attn_seq_len`` (``full_attn_size``) the last tokens of the history see all before them: `num_full`.
+        Candidates see the whole history here, as they do there.
+
+        Args:
+            layout: lengths of the sequences, candidates included.
+            window: columns in the window, the row's own among them; see `sliding_window`.
+            num_full: the last tokens of the history that see all before them.
+            num_prefix: the first tokens of the history, behind the contextual ones, that all later rows see.
+            num_contextual_B: contextual tokens at the start of each sequence, int64, on the host; None means none.
+            num_candidates_B: candidates at the end of each sequence, int64, on the host; None means none.
+
+        Raises:
+            ValueError: a window below 1, a negative number, or counts that do not fit the sequences, by name.
+        """
+        for name, value in (("num_full", num_full), ("num_prefix", num_prefix)):
+            if value < 0:
+                raise ValueError(f"{name}={value}: expected at least 0")
+        contextual_T, history_T = _parts(layout, num_contextual_B, num_candidates_B)
+        full_T = layout.position_T >= history_T - num_full
+        return cls._local(layout, window, num_prefix, full_T, contextual_T, history_T)
+
+    @classmethod
+    def _local(
+        cls,
+        layout: JaggedLayout,
+        window: int,
+        num_prefix: int,
+        full_T: Tensor,
+        contextual_T: Tensor,
+        history_T: Tensor,
+    ) -> IntervalMask:
+        if window < 1:
+            raise ValueError(f"window={window}: expected at least 1, the row's own column")
+        # A contextual row ends where the contextual tokens do, a candidate where the history does.
+        c_T = torch.maximum(torch.minimum(layout.position_T + 1, history_T), contextual_T)
+        a_T = torch.minimum(contextual_T + num_prefix, c_T)
+        start_T = torch.minimum(layout.position_T, history_T) - (window - 1)
+        b_T = torch.where(full_T, a_T, torch.maximum(a_T, start_T))
+        return cls(a_T, b_T, c_T, layout.position_T >= history_T)
+
+    @classmethod
     def dynamic(cls, layout: JaggedLayout, token_counts_B4: Tensor, num_earlier_T: Tensor) -> IntervalMask:
         """MTGR's dynamic mask (arXiv 2505.18654, section 3.4): what happened before, and nothing later.
 
@@ -188,3 +326,24 @@ def _per_token(layout: JaggedLayout, counts_B: Tensor, name: str) -> Tensor:
         if not 0 <= count <= length:
             raise ValueError(f"{name}[{i}]={count}: expected 0 ... {length}, the length of the sequence")
     return counts_B.to(layout.offsets_B1.device, non_blocking=True)[layout.sequence_T]
+
+
+def _parts(
+    layout: JaggedLayout,
+    num_contextual_B: Tensor | None,
+    num_candidates_B: Tensor | None,
+    name: str = "num_candidates_B",
+) -> tuple[Tensor, Tensor]:
+    """Where the contextual tokens and where the history of each token's sequence end, from checked host counts."""
+    nothing_B = torch.zeros_like(layout.lengths_B)
+    contextual_B = nothing_B if num_contextual_B is None else num_contextual_B
+    candidates_B = nothing_B if num_candidates_B is None else num_candidates_B
+    contextual_T = _per_token(layout, contextual_B, "num_contextual_B")
+    candidates_T = _per_token(layout, candidates_B, name)
+    if bool((contextual_B + candidates_B > layout.lengths_B).any()):
+        i = int((contextual_B + candidates_B > layout.lengths_B).nonzero()[0])
+        raise ValueError(
+            f"num_contextual_B[{i}]={int(contextual_B[i])}: too many beside {int(candidates_B[i])} candidates; the "
+            f"sequence has {int(layout.lengths_B[i])} tokens"
+        )
+    return contextual_T, layout.offsets_B1.diff()[layout.sequence_T] - candidates_T

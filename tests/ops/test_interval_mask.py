@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -207,3 +207,140 @@ def test_dynamic_refuses_what_does_not_fit() -> None:
         IntervalMask.dynamic(make([3]), counts([1, 1, 1, 1])[None], counts([0, 0, 0]))
     with pytest.raises(ValueError, match=r"num_earlier_T: expected one count for each of 3 tokens"):
         IntervalMask.dynamic(make([3]), counts([1, 1, 1, 0])[None], counts([0, 0]))
+
+
+PARTS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 6), st.integers(0, 3)), max_size=4)
+"""Contextual tokens, history and candidates of each sequence."""
+
+
+def columns(parts: list[tuple[int, int, int]]) -> tuple[JaggedLayout, Tensor, Tensor]:
+    return make([sum(x) for x in parts]), counts([x[0] for x in parts]), counts([x[2] for x in parts])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.lists(st.integers(0, 3), max_size=3)), max_size=4))
+def test_listwise_groups(sequences: list[tuple[int, int, list[int]]]) -> None:
+    lengths = [n + m + sum(sizes) for n, m, sizes in sequences]
+    group_of = [[None] * (n + m) + [g for g, k in enumerate(sizes) for _ in range(k)] for n, m, sizes in sequences]
+
+    def rule(b: int, i: int, j: int) -> bool:
+        n, own, other = sequences[b][0], group_of[b][i], group_of[b][j]
+        if other is not None:
+            return own == other
+        return j <= i or (i < n and j < n)
+
+    mask = IntervalMask.listwise_groups(
+        make(lengths),
+        counts([len(sizes) for _, _, sizes in sequences]),
+        counts([size for _, _, sizes in sequences for size in sizes]),
+        num_contextual_B=counts([n for n, _, _ in sequences]),
+    )
+    check(mask, lengths, lengths, rule)
+    mask.check_values(make(lengths), make(lengths))
+    assert all(x.is_contiguous() for x in (mask.a_T, mask.b_T, mask.c_T, mask.self_T))
+
+
+def test_lists_of_one_are_candidates() -> None:
+    layout = make([5, 0, 3])
+    lists = IntervalMask.listwise_groups(layout, counts([2, 0, 3]), torch.ones(5, dtype=torch.int64))
+    alone = IntervalMask.candidates(layout, counts([2, 0, 3]))
+    assert torch.equal(lists.visible(layout, layout), alone.visible(layout, layout))
+
+
+def local_rule(parts: list[tuple[int, int, int]], window: int, prefix: int = 0, full: int | None = None) -> Rule:
+    """What is seen, said once more from the tokens' kinds; `full` None means that candidates have a window too."""
+
+    def rule(b: int, i: int, j: int) -> bool:
+        n, m, _ = parts[b]
+        if i == j or j < n:
+            return True
+        if i < n or j >= n + m or j > i:
+            return False
+        reaches = full is not None and i >= n + m - full
+        return reaches or j < n + prefix or min(i, n + m) - j < window
+
+    return rule
+
+
+@settings(max_examples=60, deadline=None)
+@given(PARTS, st.integers(1, 9))
+def test_sliding_window(parts: list[tuple[int, int, int]], window: int) -> None:
+    layout, contextual, candidates = columns(parts)
+    mask = IntervalMask.sliding_window(layout, window, num_contextual_B=contextual, num_candidates_B=candidates)
+    lengths = layout.lengths_B.tolist()
+    check(mask, lengths, lengths, local_rule(parts, window))
+    mask.check_values(layout, layout)
+
+
+@settings(max_examples=60, deadline=None)
+@given(PARTS, st.integers(1, 9), st.integers(0, 8), st.integers(0, 8))
+def test_semi_local(parts: list[tuple[int, int, int]], window: int, prefix: int, full: int) -> None:
+    layout, contextual, candidates = columns(parts)
+    mask = IntervalMask.semi_local(
+        layout, window, num_full=full, num_prefix=prefix, num_contextual_B=contextual, num_candidates_B=candidates
+    )
+    lengths = layout.lengths_B.tolist()
+    check(mask, lengths, lengths, local_rule(parts, window, prefix, full))
+    mask.check_values(layout, layout)
+
+
+@pytest.mark.parametrize("length", [0, 1, 2, 7])
+def test_windows_without_candidates_are_known_counts(length: int) -> None:
+    layout = make([length])
+    wide = IntervalMask.sliding_window(layout, 10**9)
+    assert torch.equal(wide.visible(layout, layout), IntervalMask.causal(layout).visible(layout, layout))
+    assert IntervalMask.sliding_window(layout, 1).num_visible_pairs(layout, layout) == length
+    three = IntervalMask.sliding_window(layout, 3).num_visible_pairs(layout, layout)
+    assert three == sum(min(i + 1, 3) for i in range(length))
+    paper = IntervalMask.semi_local(layout, 2, num_prefix=2).num_visible_pairs(layout, layout)
+    assert paper == sum(min(i + 1, 4) for i in range(length))
+    code = IntervalMask.semi_local(layout, 2, num_full=3).num_visible_pairs(layout, layout)
+    assert code == sum(i + 1 if i >= length - 3 else min(i + 1, 2) for i in range(length))
+
+
+def test_metas_max_attn_len_is_one_less() -> None:
+    """Meta's rule over distances, with the tokens of a candidate block all right behind the history."""
+    length, num_candidates, max_attn_len, full = 9, 3, 2, 2
+    at = torch.arange(length).clamp(max=length - num_candidates)
+    distance = at[:, None] - at
+    near = (distance > 0) & (distance <= max_attn_len)
+    layout, candidates = make([length]), counts([num_candidates])
+    window = IntervalMask.sliding_window(layout, max_attn_len + 1, num_candidates_B=candidates)
+    assert torch.equal(window.visible(layout, layout)[0], near | torch.eye(length, dtype=torch.bool))
+    near |= (distance > 0) & (at[:, None] >= length - num_candidates - full)
+    mixed = IntervalMask.semi_local(layout, max_attn_len + 1, num_full=full, num_candidates_B=candidates)
+    assert torch.equal(mixed.visible(layout, layout)[0], near | torch.eye(length, dtype=torch.bool))
+
+
+def test_a_candidate_sees_the_same_whoever_stands_beside_it() -> None:
+    for make_mask in (IntervalMask.sliding_window, IntervalMask.semi_local):
+        rows = set()
+        for number in (1, 2, 5):
+            layout = make([6 + number])
+            mask = make_mask(layout, 3, num_contextual_B=counts([2]), num_candidates_B=counts([number]))
+            seen = mask.visible(layout, layout)[0]
+            rows |= {tuple(seen[6 + k, :6].tolist()) for k in range(number)}
+        assert len(rows) == 1
+
+
+def test_what_does_not_fit_the_sequences_is_named() -> None:
+    layout = make([3, 2])
+    with pytest.raises(ValueError, match=r"window=0: expected at least 1, the row's own column"):
+        IntervalMask.sliding_window(layout, 0)
+    for name in ("num_full", "num_prefix"):
+        with pytest.raises(ValueError, match=f"{name}=-1: expected at least 0"):
+            IntervalMask.semi_local(layout, 2, **{name: -1})
+    with pytest.raises(ValueError, match=r"num_contextual_B\[1\]=2: too many beside 1 candidates; the seq"):
+        IntervalMask.sliding_window(layout, 2, num_contextual_B=counts([1, 2]), num_candidates_B=counts([2, 1]))
+    with pytest.raises(ValueError, match=r"num_candidates_B\[0\]=4: expected 0 \.\.\. 3"):
+        IntervalMask.semi_local(layout, 2, num_candidates_B=counts([4, 0]))
+    with pytest.raises(ValueError, match=r"num_groups_B: expected a count for each of 2 .* got 2 that are 2"):
+        IntervalMask.listwise_groups(layout, counts([1, 1]), counts([2]))
+    with pytest.raises(ValueError, match=r"group_sizes_G of sequence \[1\]=3: expected 0 \.\.\. 2"):
+        IntervalMask.listwise_groups(layout, counts([1, 1]), counts([2, 3]))
+    with pytest.raises(ValueError, match=r"num_contextual_B\[0\]=2: too many beside 2 candidates"):
+        IntervalMask.listwise_groups(layout, counts([1, 1]), counts([2, 1]), num_contextual_B=counts([2, 0]))
+    with pytest.raises(ValueError, match=r"group_sizes_G: expected int64 counts of at least 0 on the CPU"):
+        IntervalMask.listwise_groups(layout, counts([1, 0]), counts([-2]))
+    with pytest.raises(ValueError, match=r"num_groups_B: .* got torch.int32"):
+        IntervalMask.listwise_groups(layout, counts([1, 0]).int(), counts([2]))
