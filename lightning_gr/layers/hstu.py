@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from typing_extensions import override
 
+from lightning_gr.ops.group_layer_norm import group_layer_norm
 from lightning_gr.ops.hstu_attention import attention_flops, hstu_attention
 from lightning_gr.ops.interval_mask import IntervalMask
 from lightning_gr.ops.jagged import JaggedLayout
+from lightning_gr.ops.uvqk_projection import uvqk_projection
 
 _INIT_STD = 0.02
 
@@ -107,7 +109,14 @@ class HSTULayer(nn.Module):
         """(T, D) to (T, D); see `HSTUEncoder.forward`."""
         request_times_T = times_T if request_times_T is None else request_times_T
         v_width, qk_width = self.num_heads * self.v_dim, self.num_heads * self.qk_dim
-        projected = F.silu(self.uvqk(self.input_norm(x_TD)))
+        projected = uvqk_projection(
+            x_TD,
+            norm_weight_GD=self.input_norm.weight[None],
+            norm_bias_GD=self.input_norm.bias[None],
+            weight_ED=self.uvqk.weight,
+            bias_E=self.uvqk.bias,
+            eps=self.input_norm.eps,
+        )
         u, v, q, k = projected.split([v_width, v_width, qk_width, qk_width], dim=-1)
         attended = hstu_attention(
             q.unflatten(-1, (self.num_heads, self.qk_dim)),
@@ -126,8 +135,17 @@ class HSTULayer(nn.Module):
             dropout=self.attention_dropout,
             training=self.training,
         )
-        gated = u * self.attention_norm(attended.flatten(1))
-        out: Tensor = x_TD + self.output(F.dropout(gated, self.dropout, self.training))
+        gated = group_layer_norm(
+            attended.flatten(1),
+            weight_GD=self.attention_norm.weight[None],
+            bias_GD=self.attention_norm.bias[None],
+            groups_T=None,
+            gate_TD=u,
+            eps=self.attention_norm.eps,
+            dropout=self.dropout,
+            training=self.training,
+        )
+        out: Tensor = x_TD + self.output(gated)
         if self.time_table_NH is not None and times_T is None:
             # Keeps the unused table in the graph: DDP waits for the gradient of every parameter.
             out = out + 0.0 * self.time_table_NH.sum()

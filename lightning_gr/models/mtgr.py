@@ -6,7 +6,7 @@ Shape suffixes: T tokens of all sequences together, N candidates, D model width.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from typing_extensions import override
@@ -32,7 +32,8 @@ class MTGR(nn.Module):
         max_length: longest sample in tokens; its inverse is the scale of the attention, unless `scale` says it.
         dropout: on the input and on each block's output.
         time_bias: whether attention has a bias by time difference.
-        position_bias: whether attention has a bias by how many events lie between.
+        position_bias: whether attention has a bias by how many events lie between; or `recency`, by which heads look at
+            the last 1, 4, 16 or 64 of them at first.
         scale: factor of the attention weights; None means ``1 / max_length``.
     """
 
@@ -45,11 +46,11 @@ class MTGR(nn.Module):
         max_length: int = 512,
         dropout: float = 0.1,
         time_bias: bool = True,
-        position_bias: bool = True,
+        position_bias: bool | Literal["recency"] = True,
         scale: float | None = None,
     ) -> None:
         super().__init__()
-        self.dim, self.max_length, self.position_bias = dim, max_length, position_bias
+        self.dim, self.max_length, self.position_bias = dim, max_length, bool(position_bias)
         self.encoder = HSTUEncoder(
             dim=dim,
             num_layers=num_layers,

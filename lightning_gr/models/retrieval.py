@@ -1,6 +1,7 @@
 """Next-item retrieval: a sequence encoder over item embeddings, trained by softmax or cross entropy over items.
 
-Shape suffixes: B sequences, T tokens, N labelled tokens, R negatives a label, C candidates, D dimension, P pairs.
+Shape suffixes: B sequences, T tokens, N labelled tokens, R negatives a label, K = 1 + R, U items drawn,
+C candidates, D dimension, P pairs.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from lightning_gr.metrics import NDCG, HitRate, MeanReciprocalRank, WeightedMean
 from lightning_gr.models.parameter_groups import ParameterGroup, optimizer_and_schedule
 from lightning_gr.negatives import UniformNegatives
 from lightning_gr.ops.interval_mask import IntervalMask
+from lightning_gr.ops.sampled_softmax import sampled_logits
 
 if TYPE_CHECKING:
     from torchrec import EmbeddingCollection
@@ -201,7 +203,7 @@ class RetrievalModule(pl.LightningModule):
         from torchrec import EmbeddingConfig
 
         assert self.num_items is not None
-        drawn = ["negative"] if self.draws else []
+        drawn = ["sampled"] if self.draws else []
         item_table = EmbeddingConfig(
             name="item",
             num_embeddings=self.num_items,
@@ -242,14 +244,16 @@ class RetrievalModule(pl.LightningModule):
         ids = {"item_id": (batch.features["item_id"].values(), batch.features["item_id"].lengths())}
         ids["target"] = nothing
         if self.draws:
-            ids["negative"] = nothing
+            ids = {"drawn": nothing} | ids
+            ids["sampled"] = nothing
         ids["corpus"] = nothing
         if TASK in batch.labels:
             labels = batch.labels[TASK]
             sequence_N = batch.layout.sequence_T[labels.tokens_N]
             labels_B = torch.bincount(sequence_N, minlength=num_sequences)
-            ids["target"] = (labels.values_N, labels_B)
-            if self.draws and training:
+            if not (self.draws and training):
+                ids["target"] = (labels.values_N, labels_B)
+            else:
                 negatives_NR = self.negatives.sample(
                     num_items=self.num_items,
                     seed=torch.initial_seed(),
@@ -257,13 +261,17 @@ class RetrievalModule(pl.LightningModule):
                     sample_ids_N=batch.sample_ids_B[sequence_N],
                     positions_N=batch.layout.position_T[labels.tokens_N],
                 )
-                ids["negative"] = (negatives_NR.flatten(), labels_B * negatives_NR.shape[1])
+                # Each item is looked up once; what a label is scored against is said by places among those.
+                drawn_NK = torch.cat([labels.values_N[:, None], negatives_NR], 1)
+                is_drawn = torch.zeros(self.num_items, dtype=torch.bool)
+                is_drawn[drawn_NK.flatten()] = True
+                items_U = is_drawn.nonzero()[:, 0]
+                ids["sampled"] = (items_U, _all_in_first(items_U, num_sequences))
+                ids["drawn"] = ((is_drawn.cumsum(0) - 1)[drawn_NK].flatten(), labels_B * drawn_NK.shape[1])
         if not training or self.loss == "full_softmax":
             named = None if training else self._corpus_rows
             share_C = corpus_share(self.num_items if named is None else named, self.tables)
-            lengths_B = torch.zeros(num_sequences, dtype=torch.int64)
-            lengths_B[0] = len(share_C)
-            ids["corpus"] = (share_C, lengths_B)
+            ids["corpus"] = (share_C, _all_in_first(share_C, num_sequences))
         features = KeyedJaggedTensor(
             keys=list(ids),
             values=torch.cat([values for values, _ in ids.values()]),
@@ -272,7 +280,7 @@ class RetrievalModule(pl.LightningModule):
         return batch.with_features(features)
 
     def embed(self, batch: SequenceBatch) -> dict[str, Tensor]:
-        """Looks up every feature: ``item_id`` (T, D), ``target`` (N, D), ``negative`` (N R, D), ``corpus`` (C, D)."""
+        """Looks up ``item_id`` (T, D), ``target`` (N, D), ``sampled`` (U, D) and ``corpus`` (C, D)."""
         assert self.tables is not None
         return {name: jagged.values() for name, jagged in self.tables(batch.features).items()}
 
@@ -296,6 +304,11 @@ class RetrievalModule(pl.LightningModule):
         tokens_N = batch.labels[TASK].tokens_N if TASK in batch.labels else self._last_tokens(batch)
         queries_ND = self._normalised(self.encode(features, batch)[tokens_N]) / self.temperature
         scores = RetrievalScores(tokens_N, queries_ND)
+        if self._has_drawn(batch):
+            drawn_NK = batch.features["drawn"].values().view(-1, 1 + self.negatives.num_negatives)
+            logits_NK = sampled_logits(queries_ND, self._normalised(features["sampled"]), drawn_NK)
+            scores.positives_N, scores.negatives_NR = logits_NK[:, 0], logits_NK[:, 1:]
+            return scores
         if TASK in batch.labels:
             targets_ND = self._normalised(features["target"])
             scores.positives_N = (queries_ND * targets_ND).sum(-1)
@@ -303,14 +316,13 @@ class RetrievalModule(pl.LightningModule):
         if not self._has_negatives(batch):
             corpus_CD = self._normalised(features["corpus"])
             scores.candidates = CandidateBlock(corpus_CD, batch.features["corpus"].values(), group)
-        elif self.in_batch:
-            scores.candidates = CandidateBlock(targets_ND, batch.labels[TASK].values_N, group)
         else:
-            negatives_NRD = self._normalised(features["negative"]).unflatten(
-                0, (tokens_N.shape[0], self.negatives.num_negatives)
-            )
-            scores.negatives_NR = torch.einsum("nd,nrd->nr", queries_ND, negatives_NRD)
+            scores.candidates = CandidateBlock(targets_ND, batch.labels[TASK].values_N, group)
         return scores
+
+    def _has_drawn(self, batch: SequenceBatch) -> bool:
+        """Whether the batch names the items that each label is scored against."""
+        return self.draws and TASK in batch.labels and self._has_negatives(batch)
 
     def _has_negatives(self, batch: SequenceBatch) -> bool:
         """Whether the batch was made for a loss over negatives; otherwise it holds the corpus."""
@@ -340,8 +352,8 @@ class RetrievalModule(pl.LightningModule):
         positives_N, bce = scores.positives_N, self.loss == "bce"
         assert positives_N is not None
         if scores.negatives_NR is not None:
-            negative_ids_NR = batch.features["negative"].values().view(-1, self.negatives.num_negatives)
-            collides_NR = negative_ids_NR == targets_N[:, None]
+            drawn_NK = batch.features["drawn"].values().view(-1, 1 + self.negatives.num_negatives)
+            collides_NR = drawn_NK[:, 1:] == drawn_NK[:, :1]
             if bce:
                 losses_NR = F.softplus(scores.negatives_NR).masked_fill(collides_NR, 0.0)
                 return F.softplus(-positives_N) + losses_NR.sum(1) / (~collides_NR).sum(1).clamp(min=1)
@@ -439,3 +451,10 @@ class RetrievalModule(pl.LightningModule):
                 "item vocabulary: the checkpoint was trained on other items than the data at hand, so rows would stand "
                 "for the wrong items; use the data it was trained on"
             )
+
+
+def _all_in_first(ids: Tensor, num_sequences: int) -> Tensor:
+    """Lengths of a feature whose ids belong to no sequence: all stand with the first."""
+    lengths_B = torch.zeros(num_sequences, dtype=torch.int64)
+    lengths_B[0] = len(ids)
+    return lengths_B

@@ -145,7 +145,9 @@ def test_the_loss_is_the_weighted_sum_over_labelled_tokens_alone(similarity: Any
 def test_a_negative_that_is_the_target_does_not_count(similarity: Any) -> None:
     module = make_module(similarity=similarity, loss="sampled_softmax", num_negatives=9)
     batch = module.with_lookup_ids(make_batch(SEQUENCES, LABELS, weights=[1.0, 0.5, 2.0, 1.0, 3.0]), training=True)
-    negatives = batch.features["negative"].values().view(5, 9).tolist()
+    places, items = batch.features["drawn"].values().view(5, 10), batch.features["sampled"].values()
+    assert items.tolist() == sorted(set(items.tolist()))  # each is looked up once
+    negatives = items[places[:, 1:]].tolist()
     logits = similarities(module, asked(SEQUENCES, LABELS))
     wanted, collisions = 0.0, 0
     for row, target, drawn, weight in zip(logits, LABELS.values(), negatives, [1.0, 0.5, 2.0, 1.0, 3.0], strict=True):

@@ -106,7 +106,9 @@ def test_sampled_softmax_is_the_cross_entropy_over_the_target_and_its_negatives(
     module = make_module(similarity=similarity, loss="sampled_softmax", num_negatives=6)
     batch = make_batch(make_log([9, 5, 14]), "train", [2, 0])
     sampled = module.with_lookup_ids(batch, training=True)
-    negatives = sampled.features["negative"].values().view(-1, 6)
+    drawn = sampled.features["sampled"].values()[sampled.features["drawn"].values().view(-1, 7)]
+    negatives = drawn[:, 1:]
+    assert torch.equal(drawn[:, 0], batch.labels["next_item"].values_N)
     targets = batch.labels["next_item"].values_N
     assert (negatives == targets[:, None]).any(), "no collision: the test would not see how one is treated"
     norm = unit if similarity == "cosine" else (lambda x: x)
@@ -205,13 +207,13 @@ def test_negatives_belong_to_the_epoch_the_sample_and_the_position() -> None:
 
     def drawn(users: list[int]) -> dict[int, list[int]]:
         batch = module.with_lookup_ids(make_batch(log, "train", users), training=True)
-        negatives = batch.features["negative"]
-        parts = torch.split(negatives.values(), negatives.lengths().tolist())
+        places, items = batch.features["drawn"], batch.features["sampled"].values()
+        parts = torch.split(items[places.values()], places.lengths().tolist())
         return {user: part.tolist() for user, part in zip(users, parts, strict=True)}
 
     together = drawn([0, 1, 2])
     assert drawn([2, 0]) == {user: together[user] for user in (2, 0)}
-    assert len({tuple(part[:4]) for part in together.values()}) == 3
+    assert len({tuple(part[1:5]) for part in together.values()}) == 3
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,66 @@
+"""Softmax over items with its own backward pass, which computes the logits again: nothing of T x C exists.
+
+Shape suffixes: T tokens, C items, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_gr.ops.backend import Backend
+from lightning_gr.ops.full_softmax import cpu, triton_kernel
+from lightning_gr.ops.full_softmax.logits import Logits
+
+
+class Kernels(Protocol):
+    """What a backend provides; inputs are contiguous, results float32, or float64 if the inputs are."""
+
+    def forward(self, of: Logits) -> Tensor:
+        """The log-sum-exp of each token."""
+        ...
+
+    def backward(
+        self, of: Logits, targets_T: Tensor | None, total_T: Tensor, gradient_T: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Gradients of queries and items, from the log-sum-exp and the gradient of the loss."""
+        ...
+
+
+_KERNELS: dict[Backend, Kernels] = {"cpu": cpu, "triton": triton_kernel}
+
+
+class FullSoftmax(torch.autograd.Function):
+    """The log-sum-exp less the target's logit, if there is one; takes the fields of `Logits`."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, backend: Backend, targets_T: Tensor | None, *fields: Any) -> Tensor:
+        inputs: list[Any] = [x.contiguous() if isinstance(x, Tensor) else x for x in fields]
+        of = Logits(*inputs)
+        targets_T = None if targets_T is None else targets_T.contiguous()
+        total_T = _KERNELS[backend].forward(of)
+        ctx.save_for_backward(of.queries_TD, of.items_CD, of.log_weights_C, of.ids_C, of.excluded_T, targets_T, total_T)
+        ctx.scale, ctx.backend = of.scale, backend
+        if targets_T is None:
+            return total_T
+        targets_TD = of.items_CD[targets_T].to(total_T.dtype)
+        return total_T - of.scale * (of.queries_TD * targets_TD).sum(1)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, gradient_T: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                f"full_softmax: backend={ctx.backend!r} is differentiable once; run the forward pass under "
+                "lightning_gr.ops.backend.use_backend('reference') to differentiate its gradient"
+            )
+        queries_TD, items_CD, *optional, targets_T, total_T = ctx.saved_tensors
+        # A token for which no item counts: exp(-inf - 0) = 0 instead of NaN.
+        total_T = total_T.masked_fill(total_T == -torch.inf, 0.0)
+        of = Logits(queries_TD, items_CD, ctx.scale, *optional)
+        gradients = _KERNELS[ctx.backend].backward(of, targets_T, total_T, gradient_T.contiguous())
+        return None, None, gradients[0].to(queries_TD.dtype), gradients[1].to(items_CD.dtype), *(None,) * 4
