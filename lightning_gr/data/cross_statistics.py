@@ -1,4 +1,4 @@
-"""Cross features of users, items and categories: what was known of them before each event, counted causally.
+"""Cross features of users, items, categories and previous items: what was known before each event, counted causally.
 
 Shape suffixes: E events of all users together, X (event, category) pairs, W statistics.
 """
@@ -17,7 +17,7 @@ _PRIOR_EVENTS = 5.0
 
 
 class CrossStatistics:
-    """For each event, counts and label means of its user, its item, and its user with the item's categories.
+    """For each event, counts and label means of its user and item, alone and with the item's categories and the last.
 
     Only events of an earlier time count, of the same user or of anyone for items; events of one time do not see each
     other. This is what a feature store logs with an exposure; where a log has such columns already, use those. All
@@ -27,6 +27,8 @@ class CrossStatistics:
         table: the log, with times.
         labels_E: 0 or 1 of each event in the order of the table; NaN counts as an event without a label.
         categories: offsets (I + 1,) and codes of each item's categories; None leaves out the statistics by category.
+        previous: whether the pair of the user's previous item and this one is counted too, over all users. Previous is
+            the last in the order of the log of those with an earlier time; having none counts as an item.
 
     Attributes:
         names: what the columns are.
@@ -36,7 +38,14 @@ class CrossStatistics:
         ValueError: the log has no times.
     """
 
-    def __init__(self, table: EventTable, labels_E: Array, *, categories: tuple[Array, Array] | None = None) -> None:
+    def __init__(
+        self,
+        table: EventTable,
+        labels_E: Array,
+        *,
+        categories: tuple[Array, Array] | None = None,
+        previous: bool = False,
+    ) -> None:
         if not table.has_timestamps:
             raise ValueError("cross_statistics: the log has no times, so nothing is known to come before; leave it out")
         groups = [table.read_group(group) for group in range(len(table.group_bounds) - 1)]
@@ -48,7 +57,10 @@ class CrossStatistics:
         count, total = _before(np.zeros_like(users), times, known.astype(np.float64), values)
         overall_E = (total + 0.5) / (count + 1)
         columns: dict[str, Array] = {}
-        for name, keys in (("user", users), ("item", items)):
+        keys_of = {"user": users, "item": items}
+        if previous:
+            keys_of["previous_item"] = _previous(users, items, times) * (int(items.max(initial=0)) + 1) + items
+        for name, keys in keys_of.items():
             count, total = _before(keys, times, known.astype(np.float64), values)
             columns[f"{name}_count"], columns[f"{name}_mean"] = _scaled(count, total, overall_E)
         if categories is not None:
@@ -89,6 +101,16 @@ def _before(keys: Array, times: Array, *values: Array) -> list[Array]:
         of_event[order] = sums[time_start] - sums[key_start]
         found.append(of_event)
     return found
+
+
+def _previous(users: Array, items: Array, times: Array) -> Array:
+    """The item of the user's last event of an earlier time, -1 where there is none."""
+    new_user = np.diff(users, prepend=-1) != 0
+    new_time = new_user | (np.diff(times, prepend=times[:1]) != 0)
+    places = np.arange(len(users))
+    before = np.maximum.accumulate(np.where(new_time, places, 0)) - 1
+    user_start = np.maximum.accumulate(np.where(new_user, places, 0))
+    return np.where(before >= user_start, items[np.maximum(before, 0)], -1)
 
 
 def _gap(users: Array, times: Array) -> Array:

@@ -32,6 +32,7 @@ class RankingDataModule(SequenceDataModule):
         cross_task: task whose causal counts and means by user, item and category candidates get; None leaves them out.
             They are counted over the whole log in memory; a log that has cross features of its own does without.
         cross_categories: item field by whose categories they are counted too.
+        cross_previous: whether they are counted too by the pair of the user's previous item and the candidate.
         user_token: whether the user's id is a contextual token.
         shuffle_window: users that are shuffled together after the row groups are.
         num_workers: background processes that collate.
@@ -59,6 +60,7 @@ class RankingDataModule(SequenceDataModule):
         features: list[str] | None = None,
         cross_task: str | None = None,
         cross_categories: str | None = None,
+        cross_previous: bool = False,
         user_token: bool = True,
         shuffle_window: int = 1 << 16,
         num_workers: int = 0,
@@ -69,6 +71,8 @@ class RankingDataModule(SequenceDataModule):
             raise ValueError(f"cross_task={cross_task}: no such task; choose from {', '.join(tasks)}")
         if cross_categories is not None and cross_task is None:
             raise ValueError(f"cross_categories={cross_categories}: counted only with cross_task; give it too")
+        if cross_previous and cross_task is None:
+            raise ValueError(f"cross_previous={cross_previous}: counted only with cross_task; give it too")
         super().__init__(
             path=path,
             global_tokens=global_tokens,
@@ -80,7 +84,7 @@ class RankingDataModule(SequenceDataModule):
         )
         self.tasks, self.max_history, self.block = tasks, max_history, block
         self.chosen_features, self.cross_task, self.cross_categories = features, cross_task, cross_categories
-        self.user_token = user_token
+        self.cross_previous, self.user_token = cross_previous, user_token
         self.predict_part: Part = predict_part
 
     @cached_property
@@ -91,7 +95,7 @@ class RankingDataModule(SequenceDataModule):
         groups = range(len(store.group_bounds) - 1)
         values = np.concatenate([store.read_group(group, [task.field]).event_fields[task.field] for group in groups])
         categories = None if self.cross_categories is None else item_categories(store, self.cross_categories)
-        return CrossStatistics(store, task.labels(values), categories=categories)
+        return CrossStatistics(store, task.labels(values), categories=categories, previous=self.cross_previous)
 
     def _store(self) -> EventStore:
         if not isinstance(self.table, EventStore):

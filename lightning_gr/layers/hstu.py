@@ -17,6 +17,7 @@ from lightning_gr.ops.group_layer_norm import group_layer_norm
 from lightning_gr.ops.hstu_attention import attention_flops, hstu_attention
 from lightning_gr.ops.interval_mask import IntervalMask
 from lightning_gr.ops.jagged import JaggedLayout
+from lightning_gr.ops.position_encoding import add_encodings
 from lightning_gr.ops.uvqk_projection import uvqk_projection
 
 _INIT_STD = 0.02
@@ -264,7 +265,8 @@ class HSTUEncoder(nn.Module):
                 "max_length or lower the data's"
             )
         if self.position_PD is not None:
-            x_TD = x_TD + self.position_PD[layout.position_T if positions_T is None else positions_T]
+            given_T = layout.position_T if positions_T is None else positions_T
+            x_TD = add_encodings(x_TD, positions_T=given_T, position_table_PD=self.position_PD)
         x_TD = F.dropout(x_TD, self.dropout, self.training)
         for layer in self.layers:
             x_TD = layer(

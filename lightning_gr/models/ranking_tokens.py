@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_gr.batch import SequenceBatch, TokenKind
+from lightning_gr.ops.jagged import JaggedLayout
+from lightning_gr.ops.jagged_concat import jagged_concat, jagged_split
 from lightning_gr.ranking_features import RankingFeatures
 
 
@@ -50,27 +52,25 @@ class RankingTokens(nn.Module):
             embedded: by sparse feature, an embedding for each value of it in the batch.
             batch: the batch.
         """
-        kind_T = batch.kind_T
-        numbers_TW = batch.dense["numbers"]
-        event_T = kind_T != TokenKind.CONTEXTUAL
-        place_T = event_T.cumsum(0) - 1
+        layouts = [
+            JaggedLayout.from_lengths(batch.token_counts_B4[:, kind].contiguous(), batch.device) for kind in TokenKind
+        ]
+        parts = [[x] for x in jagged_split(batch.dense["numbers"], layouts)]
+        for name, kinds in (("actions", (TokenKind.STATIC, TokenKind.REALTIME)), ("cross", (TokenKind.CANDIDATE,))):
+            if name in batch.dense:
+                of_kinds = jagged_split(batch.dense[name], layouts)
+                for kind in kinds:
+                    parts[kind].append(of_kinds[kind])
         event_XE = torch.cat([embedded[name] for name in self.features.tokens], 1)
-        tokens_TD = event_XE.new_zeros(batch.num_tokens, self.dim)
-        for kind, layer, own in (
-            (TokenKind.STATIC, self.history, "actions"),
-            (TokenKind.REALTIME, self.history, "actions"),
-            (TokenKind.CANDIDATE, self.candidate, "cross"),
-        ):
-            at = token_places(batch, kind).to(kind_T.device, non_blocking=True)
-            parts = [event_XE[place_T[at]], numbers_TW[at].to(event_XE.dtype)]
-            if own in batch.dense:
-                parts.append(batch.dense[own][at].to(event_XE.dtype))
-            tokens_TD = tokens_TD.index_copy(0, at, layer(torch.cat(parts, 1)).to(tokens_TD.dtype))
+        tokens = [event_XE.new_zeros(0, self.dim)]
         if self.features.num_contextual:
-            at = token_places(batch, TokenKind.CONTEXTUAL).to(kind_T.device, non_blocking=True)
-            contextual = self._contextual(embedded, batch)
-            tokens_TD = tokens_TD.index_copy(0, at, contextual.flatten(0, 1).to(tokens_TD.dtype))
-        return tokens_TD
+            tokens = [self._contextual(embedded, batch).flatten(0, 1)]
+        for kind, of_kind in zip(list(TokenKind)[1:], jagged_split(event_XE, layouts[1:]), strict=True):
+            layer = self.candidate if kind == TokenKind.CANDIDATE else self.history
+            tokens.append(layer(torch.cat([of_kind, *(x.to(of_kind.dtype) for x in parts[kind])], 1)))
+        # Autocast gives linear layers and sums dtypes of their own.
+        joined_TD, _ = jagged_concat([x.to(tokens[-1].dtype) for x in tokens], layouts)
+        return joined_TD
 
     def _contextual(self, embedded: Mapping[str, Tensor], batch: SequenceBatch) -> Tensor:
         """(sequences that are not padding, contextual tokens, D)."""

@@ -23,12 +23,12 @@ def use_backend(backend: Backend) -> Iterator[None]:
 
     Args:
         backend: `reference` is dense PyTorch, differentiable twice and in float64; `cpu` and `triton` are the fused
-            ones, `auto` takes that of the tensors' device.
+            ones; `auto` changes nothing.
 
     Raises:
         ValueError: no such backend.
     """
-    token = _override.set(_known(backend))
+    token = _override.set(_override.get() if _known(backend) == "auto" else backend)
     try:
         yield
     finally:

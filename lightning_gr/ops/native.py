@@ -19,7 +19,16 @@ from pathlib import Path
 
 import torch  # its OpenMP library must be the one loaded  # noqa: F401
 
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fPIC", "-fopenmp", "-Wno-psabi")
+_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-march=native",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fPIC",
+    "-fopenmp",
+    "-Wno-psabi",
+)
 
 
 @cache

@@ -178,10 +178,12 @@ def test_cross_features_count_what_came_before(
     like = TASKS["like"].labels(np.array([e["rating"] for e in events]))
     offsets = np.cumsum([0, *(len(g) for g in GENRES)])
     categories = (offsets, np.array([g for genres in GENRES for g in genres]))
-    found = CrossStatistics(store, like, categories=categories)
-    assert found.names == (
-        "user_count", "user_mean", "item_count", "item_mean", "user_category_count", "user_category_mean", "user_gap"
-    )  # fmt: skip
+    found = CrossStatistics(store, like, categories=categories, previous=True)
+    kinds = ("user", "item", "previous_item", "user_category")
+    assert found.names == (*(f"{kind}_{what}" for kind in kinds for what in ("count", "mean")), "user_gap")
+    for i, event in enumerate(events):
+        earlier = [e for e in events[:i] if e["user"] == event["user"] and e["time"] < event["time"]]
+        event["pair"] = (earlier[-1]["item"] if earlier else None, event["item"])
     for i, event in enumerate(events):
         before = [(e, x) for e, x in zip(events, like, strict=True) if e["time"] < event["time"] and not math.isnan(x)]
 
@@ -192,12 +194,14 @@ def test_cross_features_count_what_came_before(
 
         of_user = scaled([x for e, x in before if e["user"] == event["user"]])
         of_item = scaled([x for e, x in before if e["item"] == event["item"]])
+        of_previous = scaled([x for e, x in before if e["pair"] == event["pair"]])
         pairs = [
             scaled([x for e, x in before if e["user"] == event["user"] and g in GENRES[e["item"]]])
             for g in GENRES[event["item"]]
         ]
         of_pairs = tuple(sum(p[k] for p in pairs) / max(len(pairs), 1) for k in (0, 1))
-        assert found.values_EW[i, :6].tolist() == pytest.approx([*of_user, *of_item, *of_pairs], abs=1e-5)
+        wanted = [*of_user, *of_item, *of_previous, *of_pairs]
+        assert found.values_EW[i, :8].tolist() == pytest.approx(wanted, abs=1e-5)
 
 
 def test_a_rank_without_samples_has_every_feature(tmp_path: Path) -> None:
@@ -228,5 +232,7 @@ def test_chosen_features_and_what_cannot_work(tmp_path: Path) -> None:
         RankingDataModule(path="x", tasks={"like": Task("rating")}, cross_task="click")
     with pytest.raises(ValueError, match="cross_categories=genres: counted only with cross_task"):
         RankingDataModule(path="x", tasks={"like": Task("rating")}, cross_categories="genres")
+    with pytest.raises(ValueError, match="cross_previous=True: counted only with cross_task"):
+        RankingDataModule(path="x", tasks={"like": Task("rating")}, cross_previous=True)
     with pytest.raises(ValueError, match=r"val=0\.5, test=0\.5: expected shares"):
         LastShare(val=0.5, test=0.5)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_gr.ops.huge_pages import empty_in_huge_pages
 from lightning_gr.ops.group_layer_norm.reference import NormInputs, drop_below, group_layer_norm_reference
+from lightning_gr.ops.huge_pages import empty_in_huge_pages
 from lightning_gr.ops.native import load_native
 
 

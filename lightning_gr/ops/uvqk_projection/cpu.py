@@ -15,8 +15,8 @@ from torch.nn import functional as F  # noqa: N812
 from typing_extensions import override
 
 from lightning_gr.ops.group_layer_norm.cpu import norm_backward, norm_forward, widened
-from lightning_gr.ops.huge_pages import empty_in_huge_pages
 from lightning_gr.ops.group_layer_norm.reference import NormInputs
+from lightning_gr.ops.huge_pages import empty_in_huge_pages
 from lightning_gr.ops.native import load_native
 
 _TOKENS_PER_CHUNK = 2048  # fewer would slow the products down
