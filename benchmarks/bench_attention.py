@@ -1,11 +1,12 @@
 """How fast HSTU attention is, forward and backward, and how much memory it takes, beside the simple ways to write it.
 
-python benchmarks/bench_attention.py [--json] [--rounds 5]
+python benchmarks/bench_attention.py [--json] [--rounds 5] [--table]
 
 64 sequences with log-normal lengths (mu = ln 150, sigma = 0.9, 8 ... 1,024; on a GPU 8 ... 8,192), 4 heads of 64,
 causal. Only visible pairs count as work, backward as twice forward. The peak is the best of twenty products of
 matrices of 2,048 in the same run, with the same threads and dtype. Baselines: the padded reference, and a loop of dense
 attention over the sequences. `*_cost` is the time with a thing divided by the time without it, minus 1.
+`--table` measures sequences of one length, for several lengths, widths and masks, instead.
 """
 
 from __future__ import annotations
@@ -170,14 +171,36 @@ def layer_rate() -> float:
     return flops / min(seconds(step) for _ in range(5))
 
 
+def table(rounds: int, as_json: bool) -> None:
+    """Share of the peak by length, width of a head and mask, forward and backward."""
+    rate = peak()
+    print(f"{device()}; commit {commit()}; peak {rate / 1e9:,.0f} GFLOP/s; share of it, forward and backward")
+    print(f"{'length':>8} {'width':>6} {'mask':>8} {'ms':>10} {'share':>8}")
+    for length in (64, 256, 1024, 4096, *((8192,) if GPU else ())):
+        for width in (32, 64, 128):
+            for mask in ("causal", "mtgr"):
+                lengths = torch.full((max(1, (65_536 if GPU else 8_192) // length),), length)
+                case = Case(lengths, width=width, mask=mask)
+                case.ours()
+                best = min(seconds(case.ours) for _ in range(rounds))
+                share = case.flops / best / rate
+                print(f"{length:>8} {width:>6} {mask:>8} {1000 * best:>10.2f} {share:>8.3f}")
+                row = {"length": length, "width": width, "mask": mask, "ms": round(1000 * best, 3)}
+                publish("attention_table", row | {"fraction_of_peak": round(share, 3)}, as_json=as_json)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    parser.add_argument("--table", action="store_true", help="lengths, widths and masks instead of the mixed lengths")
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.memory_of:
         measure_memory(args.memory_of)
+        return
+    if args.table:
+        table(args.rounds, args.json)
         return
     causal, mtgr = Case(log_normal_lengths()), Case(log_normal_lengths(), mask="mtgr")
     ways: dict[str, Callable[[], None]] = {

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 import lightning.pytorch as pl
 import torch
@@ -24,6 +24,7 @@ from lightning_gr.layers.multi_task import MultiTaskHeads
 from lightning_gr.metrics import AUC, Calibration, GroupedAUC, NormalizedEntropy, WeightedMean
 from lightning_gr.models.parameter_groups import ParameterGroup, optimizer_and_schedule
 from lightning_gr.models.ranking_tokens import candidate_places
+from lightning_gr.ops.backend import Backend, use_backend
 from lightning_gr.ranking_features import RankingFeatures
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class RankingModule(pl.LightningModule):
         optimizer: makes the optimiser of the dense parameters.
         lr_scheduler: makes its schedule, stepped every step; None keeps the rate.
         parameter_groups: parameters with a learning rate or weight decay of their own, by name.
+        backend: implementation of every operator of the model; `auto` takes the device's.
 
     Raises:
         MisconfigurationException: a setting that cannot work, by name.
@@ -82,6 +84,7 @@ class RankingModule(pl.LightningModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3),
         lr_scheduler: LRSchedulerCallable | None = None,
         parameter_groups: list[ParameterGroup] | None = None,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         if embedding_dim < 1:
@@ -91,7 +94,10 @@ class RankingModule(pl.LightningModule):
         for task, weight in (task_weights or {}).items():
             if not 0 <= weight < math.inf:
                 raise MisconfigurationException(f"task_weights.{task}={weight}: expected a number of at least 0")
+        if backend not in get_args(Backend):
+            raise MisconfigurationException(f"backend={backend!r}: expected one of {', '.join(get_args(Backend))}")
         self.network = network
+        self.backend: Backend = backend
         self.features = features
         self.embedding_dim, self.embedding_std = embedding_dim, embedding_std
         self.task_weights = dict(task_weights or {})
@@ -197,7 +203,8 @@ class RankingModule(pl.LightningModule):
     def score(self, embedded: Mapping[str, Tensor], batch: SequenceBatch) -> dict[str, Tensor]:
         """By task, the logit of each candidate, (N,) in the batch's order."""
         assert self.heads is not None
-        logits: dict[str, Tensor] = self.heads(self.network(embedded, batch))
+        with use_backend(self.backend):
+            logits: dict[str, Tensor] = self.heads(self.network(embedded, batch))
         return logits
 
     @override

@@ -27,6 +27,7 @@ from lightning_gr.embeddings import CandidateBlock, corpus_share, embedding_coll
 from lightning_gr.metrics import NDCG, HitRate, MeanReciprocalRank, WeightedMean
 from lightning_gr.models.parameter_groups import ParameterGroup, optimizer_and_schedule
 from lightning_gr.negatives import UniformNegatives
+from lightning_gr.ops.backend import Backend, use_backend
 from lightning_gr.ops.interval_mask import IntervalMask
 from lightning_gr.ops.sampled_softmax import sampled_logits
 
@@ -92,6 +93,7 @@ class RetrievalModule(pl.LightningModule):
         optimizer: makes the optimiser of the dense parameters.
         lr_scheduler: makes its schedule, stepped every step; None keeps the rate.
         parameter_groups: parameters with a learning rate or weight decay of their own, by name.
+        backend: implementation of every operator of the model; `auto` takes the device's.
 
     Raises:
         MisconfigurationException: a setting that cannot work, by name.
@@ -114,6 +116,7 @@ class RetrievalModule(pl.LightningModule):
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3),
         lr_scheduler: LRSchedulerCallable | None = None,
         parameter_groups: list[ParameterGroup] | None = None,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         if loss not in get_args(Loss):
@@ -134,7 +137,10 @@ class RetrievalModule(pl.LightningModule):
             raise MisconfigurationException(f"top_k={top_k}: expected cut-offs of at least 1")
         if num_items is not None and num_items < 1:
             raise MisconfigurationException(f"num_items={num_items}: expected at least 1, or leave it out")
+        if backend not in get_args(Backend):
+            raise MisconfigurationException(f"backend={backend!r}: expected one of {', '.join(get_args(Backend))}")
         self.encoder = encoder
+        self.backend: Backend = backend
         self.num_items = num_items
         self.loss = loss
         self.draws = loss != "full_softmax" and negatives == "uniform"
@@ -296,7 +302,8 @@ class RetrievalModule(pl.LightningModule):
     def encode(self, features: Mapping[str, Tensor], batch: SequenceBatch) -> Tensor:
         """User states (T, D), one after each token of the history."""
         scale = float(self.encoder.dim) ** 0.5  # type: ignore[arg-type]
-        states_TD: Tensor = self.encoder(features["item_id"] * scale, **self.attention_inputs(batch))
+        with use_backend(self.backend):
+            states_TD: Tensor = self.encoder(features["item_id"] * scale, **self.attention_inputs(batch))
         return states_TD
 
     def score(self, features: Mapping[str, Tensor], batch: SequenceBatch) -> RetrievalScores:
@@ -306,7 +313,8 @@ class RetrievalModule(pl.LightningModule):
         scores = RetrievalScores(tokens_N, queries_ND)
         if self._has_drawn(batch):
             drawn_NK = batch.features["drawn"].values().view(-1, 1 + self.negatives.num_negatives)
-            logits_NK = sampled_logits(queries_ND, self._normalised(features["sampled"]), drawn_NK)
+            rows_UD = self._normalised(features["sampled"])
+            logits_NK = sampled_logits(queries_ND, rows_UD, drawn_NK, backend=self.backend)
             scores.positives_N, scores.negatives_NR = logits_NK[:, 0], logits_NK[:, 1:]
             return scores
         if TASK in batch.labels:
@@ -343,7 +351,8 @@ class RetrievalModule(pl.LightningModule):
     def loss_sums(self, scores: RetrievalScores, batch: SequenceBatch) -> dict[str, Tensor]:
         """The sum of losses over this batch's labels, by task."""
         labels = batch.labels[TASK]
-        losses_N = self._losses(scores, batch, labels.values_N)
+        with use_backend(self.backend):
+            losses_N = self._losses(scores, batch, labels.values_N)
         if labels.weights_N is not None:
             losses_N = losses_N * labels.weights_N
         return {TASK: losses_N.sum()}

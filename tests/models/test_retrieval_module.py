@@ -238,3 +238,24 @@ def test_what_only_a_run_can_know_is_checked_in_it() -> None:
         module.setup("fit")
     with pytest.raises(MisconfigurationException, match="expected SequenceBatch batches, got dict"):
         module.on_before_batch_transfer({}, 0)
+
+
+def test_the_backend_of_a_model_is_that_of_all_its_operators() -> None:
+    batch = make_batch(make_log([9, 5, 14]), "train", [2, 0])
+    for loss in ("sampled_softmax", "full_softmax"):
+        found = {}
+        for backend in ("reference", "cpu"):
+            torch.manual_seed(0)
+            module = make_module(loss=loss, num_negatives=6, backend=backend)
+            ready = module.with_lookup_ids(batch, training=True)
+            (total,) = module.loss_sums(module(ready), ready).values()
+            (gradient,) = torch.autograd.grad(total, module.encoder.layers[0].uvqk.weight, create_graph=False)
+            found[backend] = (total.detach(), gradient)
+        for one, other in zip(*found.values(), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        ready = module.with_lookup_ids(batch, training=True)
+        (total,) = module.loss_sums(module(ready), ready).values()
+        torch.autograd.grad(total, module.encoder.layers[0].uvqk.weight, create_graph=True)
+    with pytest.raises(MisconfigurationException, match="backend='cuda': expected one of auto, reference, cpu, triton"):
+        make_module(backend="cuda")
