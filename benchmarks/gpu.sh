@@ -8,8 +8,7 @@ OUT="${OUT:-outputs/gpu}"
 mkdir -p "$OUT"
 status=0
 "$PYTHON" -m pytest -q -m "gpu and not slow" -p no:cacheprovider tests/ops 2>&1 | tee "$OUT/tests.log" || status=1
-for bench in "bench_attention.py --json" "bench_attention.py --table --rounds 3" "bench_softmax.py --json" \
-  "bench_layer_ops.py --json"; do
+for bench in "bench_attention.py --json" "bench_attention.py --table --rounds 3"; do
   # shellcheck disable=SC2086
   "$PYTHON" benchmarks/$bench 2>&1 | tee "$OUT/${bench//[^a-z_]/}.log" || status=1
 done
