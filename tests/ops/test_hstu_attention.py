@@ -333,7 +333,12 @@ def test_long_sequences_in_compiled_tiles(activation: str, positions: bool) -> N
 def test_thresholds_of_time_buckets_are_the_references() -> None:
     for width in (0.301, 0.05, 1.5):
         found = time_thresholds(40, width)
-        for gap in (*range(1, 300), *(int(x) + d for x in found[found < 2**40] for d in (-1, 0, 1) if x > 1)):
+        for gap in (
+            *range(1, 300),
+            *(int(x) + d for x in found[found < 2**40] for d in (-1, 0, 1) if x > 1),
+            2**50,
+            2**61,
+        ):
             bucket = int(time_buckets(torch.tensor([[gap]]), torch.tensor([[0]]), 40, width))
             assert int(torch.searchsorted(found[1:], gap, right=True)) == bucket, gap
 

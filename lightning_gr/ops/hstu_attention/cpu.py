@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from typing_extensions import override
 
+from lightning_gr.ops.huge_pages import empty_in_huge_pages
 from lightning_gr.ops.interval_mask import IntervalMask
 from lightning_gr.ops.jagged import JaggedLayout
 from lightning_gr.ops.native import load_native
@@ -209,7 +210,7 @@ class _Compiled:
         return tensor
 
     def forward(self) -> Tensor:
-        out = self._point("out", torch.empty(self.shape))
+        out = self._point("out", empty_in_huge_pages(*self.shape, dtype=torch.float32))
         if self._arguments.softmax:
             self.lse_TH = self._point("lse", torch.empty(self.shape[:2]))
         self._native.hstu_attention_forward(ctypes.byref(self._arguments))
@@ -228,7 +229,8 @@ class _Compiled:
             if tensor is not None:
                 self._point(name, tensor)
         gradients: list[Tensor | None] = [
-            self._point(name, torch.empty(x.shape)) for name, x in (("d_q", q_THD), ("d_k", k_THD), ("d_v", v_THV))
+            self._point(name, empty_in_huge_pages(*x.shape, dtype=torch.float32))
+            for name, x in (("d_q", q_THD), ("d_k", k_THD), ("d_v", v_THV))
         ]
         heads, threads = self.shape[1], self._arguments.num_threads
         d_scale_BH = self._point("d_scale", torch.zeros(len(scale_B), heads))
@@ -247,13 +249,13 @@ class _Compiled:
 @lru_cache(maxsize=8)
 def time_thresholds(num_buckets: int, width: float) -> Tensor:
     """The smallest whole gap of each time bucket, int64 (N,), by the reference's own float64 arithmetic."""
-    buckets_N1 = torch.arange(num_buckets, dtype=torch.float64)[:, None]
-    highest = torch.iinfo(torch.int64).max
-    near_N = torch.exp(buckets_N1 * width)
-    tried_NX = near_N.clamp(max=2.0**62).floor().to(torch.int64) + torch.arange(-2, 4)
-    found_NX = (torch.log(tried_NX.clamp(min=1).to(torch.float64)) / width).floor() >= buckets_N1
-    smallest_N = torch.where(found_NX, tried_NX.clamp(min=1), highest).amin(1)
-    return torch.where(near_N[:, 0] < 2.0**62, smallest_N, highest)
+    bucket_N = torch.arange(num_buckets)
+    low_N, high_N = torch.ones_like(bucket_N), torch.full_like(bucket_N, torch.iinfo(torch.int64).max)
+    for _ in range(63):
+        middle_N = low_N + (high_N - low_N) // 2
+        reached_N = (torch.log(middle_N.to(torch.float64)) / width).floor() >= bucket_N
+        high_N, low_N = torch.where(reached_N, middle_N, high_N), torch.where(reached_N, low_N, middle_N + 1)
+    return high_N
 
 
 # ---- PyTorch ---------------------------------------------------------------------------------------------------------
