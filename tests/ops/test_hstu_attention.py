@@ -175,30 +175,40 @@ def make_case(
     return Case([x.requires_grad_() for x in tensors], q_lengths, keys, mask, sees, q_times, k_times, activation)
 
 
-# Backend and dtype of each implementation, and how far it may be from the truth relative to the largest value.
-IMPLEMENTATIONS: list[tuple[str, torch.dtype, float]] = [
+# How far an implementation may be from the truth on the same inputs, relative to the largest value, if above 1.
+EXACT: list[tuple[str, torch.dtype, float]] = [
     ("reference", torch.float64, 1e-11),
     ("cpu", torch.float64, 1e-11),  # by blocks of rows in PyTorch
     ("cpu", torch.float32, 3e-6),  # compiled
 ]
+ROUNDED: list[tuple[str, torch.dtype, float]] = [
+    ("reference", torch.float32, 3e-6),
+    ("cpu", torch.float16, 1e-3),
+    ("cpu", torch.bfloat16, 8e-3),
+]
 
 
-def check(case: Case) -> list[Tensor]:
-    """Outputs and every gradient of every implementation equal the truth's; returns the reference's gradients."""
-    true = case.true(case.tensors)
-    cotangent = torch.randn(true.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+def check(case: Case, implementations: list[tuple[str, torch.dtype, float]] = EXACT) -> list[Tensor]:
+    """Outputs and every gradient of the implementations equal the truth's; returns the truth's gradients."""
+    names = ("output", "q", "k", "v", "position", "time", "scale")
     settings: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
-    wanted = [true, *torch.autograd.grad(true, case.tensors, cotangent, **settings)]
-    found: dict[Any, list[Tensor]] = {}
-    for backend, dtype, tolerance in IMPLEMENTATIONS:
+    generator = torch.Generator().manual_seed(5)
+    cotangent = torch.randn(sum(case.q_lengths), *case.tensors[2].shape[1:], generator=generator, dtype=torch.float64)
+    wanted: list[Tensor] = []
+    for backend, dtype, tolerance in implementations:
         tensors = [x.detach().to(dtype).requires_grad_() for x in case.tensors]
+        if implementations is ROUNDED or not wanted:
+            inputs = tensors if implementations is ROUNDED else case.tensors
+            doubles = [x.detach().double() for x in inputs]
+            rounded = cotangent.to(dtype if implementations is ROUNDED else torch.float64).double()
+            true = case.true([x.requires_grad_() for x in doubles])
+            wanted = [true.detach(), *torch.autograd.grad(true, doubles, rounded, **settings)]
         ours = case.ours(tensors, backend=backend)
-        assert ours.shape == true.shape
+        assert ours.shape == wanted[0].shape
         assert ours.dtype == dtype
-        found[backend, dtype] = [ours, *torch.autograd.grad(ours, tensors, cotangent.to(dtype), **settings)]
-        names = ("output", "q", "k", "v", "position", "time", "scale")
-        for name, mine, truth_ in zip(names, found[backend, dtype], wanted, strict=True):
-            largest = float(truth_.detach().abs().max()) if truth_.numel() else 0.0
+        found = [ours, *torch.autograd.grad(ours, tensors, cotangent.to(dtype), **settings)]
+        for name, mine, truth_ in zip(names, found, wanted, strict=True):
+            largest = float(truth_.abs().max()) if truth_.numel() else 0.0
             torch.testing.assert_close(
                 mine.double(),
                 truth_,
@@ -206,7 +216,37 @@ def check(case: Case) -> list[Tensor]:
                 atol=tolerance * max(largest, 1.0),
                 msg=lambda text, name=name, by=(backend, dtype): f"{name} by {by}: {text}",
             )
-    return found["reference", torch.float64][1:]
+    return wanted[1:]
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("kind", MASKS)
+def test_every_dtype_is_within_its_rounding(kind: str, activation: str) -> None:
+    check(make_case(kind, activation, [5, 0, 1, 7], widths=(8, 4)), ROUNDED)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["causal", "mtgr"])
+def test_a_sequence_of_8192_tokens(kind: str) -> None:
+    """Compiled against blocks in float64, which the other tests hold to the formula."""
+    layout = make([8192])
+    mask = IntervalMask.causal(layout)
+    if kind == "mtgr":
+        counts_B4 = torch.tensor([[4, 4000, 4000, 188]])
+        earlier_T = torch.arange(8192) - 4004
+        earlier_T[8004:] = torch.randint(0, 4001, (188,))
+        mask = IntervalMask.dynamic(layout, counts_B4, earlier_T.clamp(min=0))
+    qkv = [torch.randn(8192, 1, 16) for _ in range(3)]
+    table = torch.randn(2 * 1000 + 1, 1)
+    cotangent, found = torch.randn(8192, 1, 16), []
+    for dtype in (torch.float32, torch.float64):
+        tensors = [x.to(dtype).requires_grad_() for x in (*qkv, table)]
+        out = hstu_attention(
+            *tensors[:3], q_layout=layout, mask=mask, scale=1 / 8192, position_table_PH=tensors[3], backend="cpu"
+        )
+        found.append([out, *torch.autograd.grad(out, tensors, cotangent.to(dtype))])
+    for mine, wanted in zip(*found, strict=True):
+        assert float(((mine - wanted).abs().max() / wanted.abs().max()).detach()) < 1e-5
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

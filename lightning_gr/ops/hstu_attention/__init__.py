@@ -18,7 +18,7 @@ from lightning_gr.ops.hstu_attention.reference import hstu_attention_reference
 from lightning_gr.ops.interval_mask import IntervalMask
 from lightning_gr.ops.jagged import JaggedLayout
 
-__all__ = ["attention_flops", "hstu_attention"]
+__all__ = ["attention_bytes", "attention_flops", "hstu_attention"]
 
 
 def hstu_attention(
@@ -203,3 +203,19 @@ def attention_flops(num_visible_pairs: int, *, num_heads: int, qk_dim: int, v_di
         v_dim: width of a head's values.
     """
     return 2 * num_visible_pairs * num_heads * (qk_dim + v_dim)
+
+
+def attention_bytes(
+    num_queries: int, num_keys: int, *, num_heads: int, qk_dim: int, v_dim: int, element_size: int = 4
+) -> int:
+    """Bytes that a fused forward reads and writes at least: queries, keys, values and the result, each once.
+
+    Args:
+        num_queries: query tokens of all sequences.
+        num_keys: key tokens of all sequences.
+        num_heads: heads.
+        qk_dim: width of a head's queries and keys.
+        v_dim: width of a head's values.
+        element_size: bytes of a number.
+    """
+    return (num_queries + num_keys) * num_heads * (qk_dim + v_dim) * element_size
