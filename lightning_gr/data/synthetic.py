@@ -169,6 +169,19 @@ def best_auc(probabilities: Array) -> float:
     return float((clicked * below + 0.5 * ties).sum() / pairs) if pairs > 0 else 0.5
 
 
+def auc_as_drawn(probabilities: Array, clicked: Array) -> float:
+    """Share of (clicked, not clicked) pairs of these very events that ranking by the true probabilities puts right.
+
+    It differs from `best_auc` by the luck of the draw, which a model on the same events shares.
+    """
+    _, place, counts = np.unique(probabilities, return_inverse=True, return_counts=True)
+    rank = (np.cumsum(counts) - (counts - 1) / 2)[place]
+    num_clicked, num_missed = clicked.sum(), (~clicked).sum()
+    if not (num_clicked and num_missed):
+        return 0.5
+    return float((rank[clicked].sum() - num_clicked * (num_clicked + 1) / 2) / (num_clicked * num_missed))
+
+
 def write_synthetic_log(
     path: str | Path,
     *,
@@ -213,6 +226,7 @@ def write_synthetic_log(
     splits = (("test", 2), ("val", 3))
     sums: dict[str, dict[str, float]] = {split: {} for split, _ in splits}
     of_targets: dict[str, list[Array]] = {split: [] for split, _ in splits}
+    clicked_targets: dict[str, list[Array]] = {split: [] for split, _ in splits}
     num_events = 0
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -235,9 +249,15 @@ def write_synthetic_log(
                     for name, value in best.items():
                         sums[split][name] = sums[split].get(name, 0.0) + value * count
                     of_targets[split].append(chance)
+                    clicked_targets[split].append(clicked[rows, lengths - back + 1])
         oracle = {
             split: {name: value / num_users for name, value in sums[split].items()}
-            | {"click AUC": best_auc(np.concatenate(of_targets[split]))}
+            | {
+                "click AUC": best_auc(np.concatenate(of_targets[split])),
+                "click AUC as drawn": auc_as_drawn(
+                    np.concatenate(of_targets[split]), np.concatenate(clicked_targets[split])
+                ),
+            }
             for split, _ in splits
         }
         settings: dict[str, Any] = {
