@@ -197,6 +197,11 @@ class SequenceBalancedStrategy(DDPStrategy):
         deferred = {
             path: table_configs(child) for path, child in collections.items() if next(child.parameters()).is_meta
         }
+        if collections and self.sparse_optimizer == "adam" and self.root_device.type == "cpu":
+            raise MisconfigurationException(
+                "sparse_optimizer='adam': FBGEMM has no Adam for tables on the CPU; use rowwise_adagrad or adagrad, or "
+                "train on a GPU"
+            )
         for child in collections.values():
             attach_sparse_optimizer(child, optimizer=self.sparse_optimizer, lr=self.sparse_lr)
         plan, sharders = make_plan(

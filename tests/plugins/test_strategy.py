@@ -147,6 +147,23 @@ def run_with_width(log: str) -> str:
     return str(error.value)
 
 
+def run_with_adam(log: str) -> str:
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    from lightning_gr.plugins import SequenceBalancedStrategy
+
+    data, model = build(log)
+    strategy = SequenceBalancedStrategy(sparse_optimizer="adam")
+    with pytest.raises(MisconfigurationException) as error:
+        trainer(1, strategy=strategy).fit(model, datamodule=data)
+    return str(error.value)
+
+
+def test_adam_on_the_cpu_is_refused_by_name(gloo: Any, log: str) -> None:
+    (said,) = gloo(1).run(run_with_adam, log)
+    assert said.startswith("sparse_optimizer='adam': FBGEMM has no Adam for tables on the CPU; use rowwise_adagrad")
+
+
 def test_a_width_that_the_kernels_do_not_take_is_named(gloo: Any, log: str) -> None:
     (said,) = gloo(1).run(run_with_width, log)
     assert said.startswith("table item: embedding_dim=6; FBGEMM's kernels for sharded tables take multiples of 4")

@@ -243,7 +243,11 @@ class _Compiled:
                 self._point(name, torch.zeros(threads, heads, table.shape[0])) if table is not None and need else None
             )
         self._native.hstu_attention_backward(ctypes.byref(self._arguments))
-        return [*gradients, d_scale_BH.sum(1), *(None if x is None else x.sum(0).T for x in tables)]
+        # Cloned, since DDP wants the strides of the table, also where it has one head.
+        table_gradients = [
+            None if x is None else x.sum(0).T.clone(memory_format=torch.contiguous_format) for x in tables
+        ]
+        return [*gradients, d_scale_BH.sum(1), *table_gradients]
 
 
 @lru_cache(maxsize=8)
