@@ -6,19 +6,16 @@ python benchmarks/bench_cli.py [--repeats 5] [--json]
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from reporting import commit, device, publish
+
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "cli.csv"
 BARE = "from lightning.pytorch.cli import LightningCLI; LightningCLI(auto_configure_optimizers=False)"
 COMMANDS = {
     "help_s": ["-m", "lightning_gr", "--help"],
@@ -45,11 +42,8 @@ def main() -> None:
     result: dict[str, float | str] = {name: round(statistics.median(x), 3) for name, x in seconds.items()}
     ratios = [ours / bare for ours, bare in zip(seconds["fit_help_s"], seconds["bare_fit_help_s"], strict=True)]
     result["fit_help_ratio"] = round(statistics.median(ratios), 3)
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
 
-    print(f"{machine}; commit {commit or 'unknown'}; median of {args.repeats}")
+    print(f"{device()}; commit {commit()}; median of {args.repeats}")
     print(f"{'command':<32}{'seconds':>9}{'limit':>12}")
     print(f"{'lightning-gr --help':<32}{result['help_s']:>9.2f}{'1.00':>12}")
     print(f"{'lightning-gr recipes ls':<32}{result['recipes_ls_s']:>9.2f}{'1.00':>12}")
@@ -57,16 +51,7 @@ def main() -> None:
     print(f"{'bare LightningCLI fit --help':<32}{result['bare_fit_help_s']:>9.2f}")
     print(f"ratio of fit --help to bare: {result['fit_help_ratio']:.2f}")
 
-    row = {"date": datetime.date.today().isoformat(), "commit": commit, "machine": machine, **result}
-    RESULTS.parent.mkdir(exist_ok=True)
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-    if args.json:
-        print(json.dumps(row))
+    publish("cli", result, as_json=args.json)
 
 
 if __name__ == "__main__":

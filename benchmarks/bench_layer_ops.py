@@ -10,11 +10,6 @@ to the memory of a process of its own, inputs and their gradients aside.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import json
-import os
-import platform
 import subprocess
 import sys
 import time
@@ -22,8 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from reporting import commit, device, publish
+
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "layer_ops.csv"
 OPS = ("uvqk", "norm", "norm_dropout")
 
 
@@ -119,25 +115,13 @@ def main() -> None:
             result |= {f"{op}_{side}_backward_ms": round(backward * 1e3, 1)}
             result |= {f"{op}_{side}_peak_mb": int(done.stdout)}
         result[f"{op}_ratio"] = round(sum(best["eager"]) / sum(best["fused"]), 2)
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
     sizes = {"tokens": args.tokens, "dim": args.dim, "threads": args.threads}
-    print(f"{machine}; commit {commit or 'unknown'}; {sizes}; milliseconds, eager torch and fused")
+    print(f"{device()}; commit {commit()}; {sizes}; milliseconds, eager torch and fused")
     for op in OPS:
         for what in ("forward_ms", "backward_ms", "peak_mb"):
             print(f"{op:14}{what:14}{result[f'{op}_eager_{what}']:>10} {result[f'{op}_fused_{what}']:>10}")
         print(f"{op:14}ratio         {result[f'{op}_ratio']:>21}")
-    row = {"date": datetime.date.today().isoformat(), "commit": commit, "machine": machine, **sizes, **result}
-    RESULTS.parent.mkdir(exist_ok=True)
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-    if args.json:
-        print(json.dumps(row))
+    publish("layer_ops", sizes | result, as_json=args.json)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,8 @@ and a label. It is made once and stays in the folder for temporary files.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import json
 import os
-import platform
 import shutil
 import statistics
 import subprocess
@@ -25,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from reporting import commit, device, publish
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "prepare.csv"
 CACHE = Path(tempfile.gettempdir()) / "lightning-gr-bench-prepare"
 LIMIT_S, LIMIT_GB = 60, 4
 NUM_ITEMS, BLOCK_ROWS = 1_000_000, 1_000_000
@@ -114,34 +111,15 @@ def main() -> None:
     seconds = round(statistics.median(run["prepare_s"] for run in runs), 2)
     gigabytes = round(max(run["prepare_gb"] for run in runs), 2)
     events = runs[0]["events"]
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
 
-    print(f"{machine}; commit {commit or 'unknown'}; {events:,} events, {log.stat().st_size / 1e6:,.0f} MB of CSV")
+    print(f"{device()}; commit {commit()}; {events:,} events, {log.stat().st_size / 1e6:,.0f} MB of CSV")
     print(f"{'':<20}{'measured':>10}{'limit':>8}")
     print(f"{'seconds (median)':<20}{seconds:>10.1f}{LIMIT_S:>8}")
     print(f"{'gigabytes (most)':<20}{gigabytes:>10.2f}{LIMIT_GB:>8}")
     print("stages ended after: " + ", ".join(f"{name} {end} s" for name, end in runs[-1]["ends"].items()))
 
-    row = {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit,
-        "machine": machine,
-        "events": events,
-        "prepare_s": seconds,
-        "prepare_gb": gigabytes,
-        "memory_gb": args.memory_gb,
-    }
-    RESULTS.parent.mkdir(exist_ok=True)
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-    if args.json:
-        print(json.dumps(row))
+    result = {"events": events, "prepare_s": seconds, "prepare_gb": gigabytes, "memory_gb": args.memory_gb}
+    publish("prepare", result, as_json=args.json)
 
 
 if __name__ == "__main__":

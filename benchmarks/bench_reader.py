@@ -10,11 +10,8 @@ a reader that goes through the same Parquet files row by row in Python.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -23,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from reporting import commit, device, publish
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "reader.csv"
 GLOBAL_TOKENS, MAX_LENGTH = 65_536, 200
 
 
@@ -170,24 +167,12 @@ def main() -> None:
         done = subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True)
         result: dict[str, Any] = json.loads(done.stdout)
         result |= read(folder, args.users)
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    print(f"{machine}; commit {commit or 'unknown'}; {args.sequences:,} sequences planned, {args.users:,} users read")
+    print(f"{device()}; commit {commit()}; {args.sequences:,} sequences planned, {args.users:,} users read")
     print(f"plan           {result['plan_s']:>14.1f} s    {result['plan_gb']:.2f} GB   (limits 60 s, 1 GB)")
     print(f"two workers    {result['tokens_per_s']:>14,} tokens/s   (limit 2,000,000)")
     print(f"row by row     {result['rows_tokens_per_s']:>14,} tokens/s")
     print(f"ratio          {result['ratio_to_rows']:>14.1f}   (limit 5)")
-    row = {"date": datetime.date.today().isoformat(), "commit": commit, "machine": machine, **result}
-    RESULTS.parent.mkdir(exist_ok=True)
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-    if args.json:
-        print(json.dumps(row))
+    publish("reader", result, as_json=args.json)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,6 @@ form in a process of its own, gradients included, inputs not.
 from __future__ import annotations
 
 import argparse
-import csv
-import datetime
-import json
-import os
-import platform
 import subprocess
 import sys
 import time
@@ -24,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from reporting import commit, device, publish
 from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results" / "softmax.csv"
 SAMPLED = {"tokens": 16_384, "negatives": 128, "rows": 20_000, "dim": 64}
 FULL = {"tokens": 4_096, "items": 50_000, "dim": 64}
 
@@ -114,10 +109,7 @@ def main() -> None:
     if args.memory:
         print(peak_bytes(*args.memory))
         return
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
-    print(f"{machine}; commit {commit or 'unknown'}; torch {torch.__version__}, {args.threads} threads, float32")
+    print(f"{device()}; commit {commit()}; torch {torch.__version__}, {args.threads} threads, float32")
     result: dict[str, Any] = {"threads": args.threads}
     for loss, (_, sizes) in LOSSES.items():
         times = seconds(loss, args.rounds)
@@ -136,16 +128,7 @@ def main() -> None:
         result |= {f"{prefix}_speedup": round(speedup, 2), f"{prefix}_memory_ratio": round(ratio, 4)}
         limits = "   (limits 2 and 0.1)" if loss == "sampled" else ""
         print(f"  speedup {speedup:.1f}, memory ratio {ratio:.3f}{limits}")
-    row = {"date": datetime.date.today().isoformat(), "commit": commit, "machine": machine, **result}
-    RESULTS.parent.mkdir(exist_ok=True)
-    new = not RESULTS.exists()
-    with RESULTS.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-    if args.json:
-        print(json.dumps(row))
+    publish("softmax", result, as_json=args.json)
 
 
 if __name__ == "__main__":

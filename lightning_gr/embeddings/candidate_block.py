@@ -16,9 +16,12 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_gr.ops.full_softmax import log_sum_exp
 
 _CELLS_AT_ONCE = 1 << 26
-"""Scores held at a time."""
+"""Scores held at a time where they are ranked or summed by softplus."""
 
 Pairs = tuple[Tensor, Tensor]
 Reduction = Literal["log_sum_exp", "softplus_sum"]
@@ -84,36 +87,46 @@ class CandidateBlock:
     # ---- losses ------------------------------------------------------------------------------------------------
 
     def log_sum_exp(
-        self, queries_ND: Tensor, *, excluded: Pairs | None = None, log_weights_C: Tensor | None = None
+        self, queries_ND: Tensor, *, excluded_N: Tensor | None = None, log_weights_C: Tensor | None = None
     ) -> Tensor:
         """``log(sum_c w_c exp(q . c))`` over the candidates of all processes; differentiable in both.
 
         Args:
             queries_ND: queries of this process.
-            excluded: int64 ``(query_P, id_P)``: candidates with this id do not count for this query.
+            excluded_N: int64 id whose candidates do not count for a query.
             log_weights_C: logarithm of each candidate's weight; None means 0.
 
         Returns:
             float (N,); minus infinity where a query has no candidate.
         """
-        return self._reduced("log_sum_exp", queries_ND, excluded, log_weights_C)
+        return self._reduced("log_sum_exp", queries_ND, excluded_N, log_weights_C)
 
     def softplus_sum(
-        self, queries_ND: Tensor, *, excluded: Pairs | None = None, log_weights_C: Tensor | None = None
+        self, queries_ND: Tensor, *, excluded_N: Tensor | None = None, log_weights_C: Tensor | None = None
     ) -> Tensor:
         """``sum_c w_c log(1 + exp(q . c))``, as `log_sum_exp`."""
-        return self._reduced("softplus_sum", queries_ND, excluded, log_weights_C)
+        return self._reduced("softplus_sum", queries_ND, excluded_N, log_weights_C)
 
     def _reduced(
-        self, reduction: Reduction, queries_ND: Tensor, excluded: Pairs | None, log_weights_C: Tensor | None
+        self, reduction: Reduction, queries_ND: Tensor, excluded_N: Tensor | None, log_weights_C: Tensor | None
     ) -> Tensor:
         peers = _Peers.of(queries_ND, self.group)
-        cells = self._excluded_cells(excluded, peers)
         dtype = torch.promote_types(queries_ND.dtype, self.embeddings_CD.dtype)
-        found: Tensor = _Reduce.apply(
-            queries_ND.to(dtype), self.embeddings_CD.to(dtype), log_weights_C, cells, peers, reduction
-        )
-        return found
+        queries_MD, candidates_CD = queries_ND.to(dtype), self.embeddings_CD.to(dtype)
+        if self.group is not None:
+            queries_MD = _Gathered.apply(queries_MD, peers)
+        excluded_M = None if excluded_N is None else peers.gathered(excluded_N)
+        if reduction == "log_sum_exp":
+            ids_C = None if excluded_M is None else self.ids_C
+            part_M = log_sum_exp(
+                queries_MD, candidates_CD, log_weights_C=log_weights_C, ids_C=ids_C, excluded_T=excluded_M
+            )
+        else:
+            rows_M = torch.arange(len(queries_MD), device=queries_MD.device)
+            cells = None if excluded_M is None else self._cells_of(rows_M, excluded_M)
+            part_M = _SoftplusSum.apply(queries_MD, candidates_CD, log_weights_C, cells)
+        whole_N: Tensor = part_M if self.group is None else _Joined.apply(part_M, peers, reduction)
+        return whole_N
 
     def multiplicity(self) -> tuple[Tensor, Tensor]:
         """How often each id occurs among the candidates of all processes, and how many distinct ids there are.
@@ -136,7 +149,7 @@ class CandidateBlock:
         Args:
             queries_ND: queries of this process.
             targets_N: int64 id of each query's target.
-            excluded: as in `log_sum_exp`.
+            excluded: int64 ``(query_P, id_P)``: candidates with this id do not count for this query.
 
         Returns:
             int64 (N,).
@@ -145,7 +158,7 @@ class CandidateBlock:
         cells = self._excluded_cells(excluded, peers)
         queries_MD, targets_M = peers.gathered(queries_ND.to(self.embeddings_CD.dtype)), peers.gathered(targets_N)
         row_X, column_X = self._cells_of(torch.arange(len(targets_M), device=targets_M.device), targets_M)
-        chunks: Iterable[tuple[int, Tensor]] = _scores(queries_MD, self.embeddings_CD, None, cells, nan_last=True)
+        chunks: Iterable[tuple[int, Tensor]] = _scores(queries_MD, self.embeddings_CD, cells, nan_last=True)
         if _fit_at_once(queries_MD, self.embeddings_CD):
             chunks = list(chunks)
         of_target_M = queries_MD.new_full(targets_M.shape, -torch.inf, dtype=_wide(queries_MD))
@@ -154,7 +167,7 @@ class CandidateBlock:
             of_target_M[row_X[here]] = scores[row_X[here], column_X[here] - first]
         of_target_M = _over_processes(of_target_M, self.group, dist.ReduceOp.MAX)
         if not isinstance(chunks, list):
-            chunks = _scores(queries_MD, self.embeddings_CD, None, cells, nan_last=True)
+            chunks = _scores(queries_MD, self.embeddings_CD, cells, nan_last=True)
         ahead_M = torch.zeros_like(targets_M)
         for _, scores in chunks:
             ahead_M += (scores >= of_target_M[:, None]).sum(1)
@@ -170,7 +183,7 @@ class CandidateBlock:
         Args:
             queries_ND: queries of this process.
             k: how many.
-            excluded: as in `log_sum_exp`.
+            excluded: as in `ranks`.
 
         Returns:
             ``(scores, ids)``: float32 and int64, both (N, K).
@@ -180,7 +193,7 @@ class CandidateBlock:
         queries_MD = peers.gathered(queries_ND.to(self.embeddings_CD.dtype))
         best = torch.full((len(queries_MD), k), -torch.inf, device=queries_MD.device)
         ids = torch.full((len(queries_MD), k), -1, dtype=torch.int64, device=queries_MD.device)
-        for first, scores in _scores(queries_MD, self.embeddings_CD, None, cells, nan_last=True):
+        for first, scores in _scores(queries_MD, self.embeddings_CD, cells, nan_last=True):
             found, columns = scores.topk(min(k, scores.shape[1]), dim=1)
             best, ids = _merged([best, found], [ids, self.ids_C[first + columns]], k)
         best, ids = _merged(_blocks(best, self.group), _blocks(ids, self.group), k)
@@ -219,20 +232,13 @@ def _fit_at_once(queries_MD: Tensor, candidates_CD: Tensor) -> bool:
 
 
 def _scores(
-    queries_MD: Tensor,
-    candidates_CD: Tensor,
-    log_weights_C: Tensor | None,
-    cells: Pairs | None,
-    *,
-    nan_last: bool = False,
+    queries_MD: Tensor, candidates_CD: Tensor, cells: Pairs | None, *, nan_last: bool = False
 ) -> Iterator[tuple[int, Tensor]]:
     """First column and float32 (or wider) scores of some candidates at a time; what does not count is -inf."""
     columns = _columns_at_once(queries_MD)
     for first in range(0, len(candidates_CD), columns):
         scores = queries_MD @ candidates_CD[first : first + columns].T
         scores = scores.to(_wide(scores))
-        if log_weights_C is not None:
-            scores = scores + log_weights_C[first : first + columns]
         if cells is not None:
             rows_X, columns_X = cells
             if columns < len(candidates_CD):
@@ -242,65 +248,41 @@ def _scores(
         yield first, scores.masked_fill_(scores.isnan(), -torch.inf) if nan_last else scores
 
 
-class _Reduce(torch.autograd.Function):
-    """A sum over the candidates of all processes of a function of their scores."""
+class _SoftplusSum(torch.autograd.Function):
+    """A sum over the candidates of this process; kept scores, if they fit at once, save backward computing them."""
 
     @staticmethod
+    @override
     def forward(
-        ctx: Any,
-        queries_ND: Tensor,
-        candidates_CD: Tensor,
-        log_weights_C: Tensor | None,
-        cells: Pairs | None,
-        peers: _Peers,
-        reduction: Reduction,
+        ctx: Any, queries_MD: Tensor, candidates_CD: Tensor, log_weights_C: Tensor | None, cells: Pairs | None
     ) -> Tensor:
-        softmax = reduction == "log_sum_exp"
-        queries_MD = peers.gathered(queries_ND)
-        nothing = -torch.inf if softmax else 0.0
-        total_M = queries_MD.new_full((len(queries_MD),), nothing, dtype=_wide(queries_MD))
-        kept = None
-        for first, scores in _scores(queries_MD, candidates_CD, log_weights_C if softmax else None, cells):
-            if softmax:
-                total_M = torch.logaddexp(total_M, scores.logsumexp(1))
-            else:
-                values = nn.functional.softplus(scores)
-                if log_weights_C is not None:
-                    values = values * log_weights_C[first : first + scores.shape[1]].exp()
-                total_M = total_M + values.sum(1)
+        total_M, kept = queries_MD.new_zeros(len(queries_MD), dtype=_wide(queries_MD)), None
+        for first, scores in _scores(queries_MD, candidates_CD, cells):
+            values = nn.functional.softplus(scores)
+            if log_weights_C is not None:
+                values = values * log_weights_C[first : first + scores.shape[1]].exp()
+            total_M += values.sum(1)
             kept = scores
-        parts = torch.stack(_blocks(total_M, peers.group))
-        total_M = parts.logsumexp(0) if softmax else parts.sum(0)
         if not _fit_at_once(queries_MD, candidates_CD):
-            kept = None  # too many: backward computes them again
-        ctx.save_for_backward(queries_MD, candidates_CD, log_weights_C, total_M, kept, *(cells or ()))
-        ctx.peers, ctx.softmax = peers, softmax
-        return peers.own(total_M)
+            kept = None
+        ctx.save_for_backward(queries_MD, candidates_CD, log_weights_C, kept, *(cells or ()))
+        return total_M
 
     @staticmethod
-    def backward(ctx: Any, grad_N: Tensor) -> Any:
-        queries_MD, candidates_CD, log_weights_C, total_M, kept, *cells = ctx.saved_tensors
-        grad_M1 = ctx.peers.gathered(grad_N)[:, None]
-        # A query without any candidate has a sum of minus infinity, and no gradient.
-        total_M1 = torch.where(total_M == -torch.inf, 0.0, total_M)[:, None]
-        grad_queries_MD = torch.zeros_like(queries_MD)
-        grad_candidates = []
-        weights = log_weights_C if ctx.softmax else None
-        chunks = _scores(queries_MD, candidates_CD, weights, tuple(cells) or None) if kept is None else [(0, kept)]
+    @override
+    def backward(ctx: Any, grad_M: Tensor) -> Any:
+        queries_MD, candidates_CD, log_weights_C, kept, *cells = ctx.saved_tensors
+        grad_queries_MD, grad_candidates_CD = torch.zeros_like(queries_MD), torch.zeros_like(candidates_CD)
+        chunks = _scores(queries_MD, candidates_CD, tuple(cells) or None) if kept is None else [(0, kept)]
         for first, scores in chunks:
-            last = first + scores.shape[1]
-            if ctx.softmax:
-                slope = (scores - total_M1).exp_()
-            else:
-                slope = scores.sigmoid()
-                if log_weights_C is not None:
-                    slope *= log_weights_C[first:last].exp()
-            slope = slope.mul_(grad_M1).to(queries_MD.dtype)
-            grad_candidates.append(slope.T @ queries_MD)
-            grad_queries_MD += slope @ candidates_CD[first:last]
-        grad_candidates_CD = torch.cat(grad_candidates) if grad_candidates else torch.zeros_like(candidates_CD)
-        grad_queries_MD = _over_processes(grad_queries_MD, ctx.peers.group, dist.ReduceOp.SUM)
-        return ctx.peers.own(grad_queries_MD), grad_candidates_CD, None, None, None, None
+            chunk = slice(first, first + scores.shape[1])
+            slope = scores.sigmoid()
+            if log_weights_C is not None:
+                slope *= log_weights_C[chunk].exp()
+            slope = slope.mul_(grad_M[:, None]).to(queries_MD.dtype)
+            grad_candidates_CD[chunk] = slope.T @ queries_MD
+            grad_queries_MD += slope @ candidates_CD[chunk]
+        return grad_queries_MD, grad_candidates_CD, None, None
 
 
 # ---- what the processes exchange -------------------------------------------------------------------------------------
@@ -339,6 +321,44 @@ class _Peers:
     def own(self, of_all: Tensor) -> Tensor:
         """This process's rows among those of all."""
         return of_all if self.group is None else of_all[self.first : self.first + self.sizes[self.group.rank()]]
+
+
+class _Gathered(torch.autograd.Function):
+    """Queries of all processes, whose gradients come from all of them."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, queries_ND: Tensor, peers: _Peers) -> Tensor:
+        ctx.peers = peers
+        return peers.gathered(queries_ND)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, grad_MD: Tensor) -> Any:
+        return ctx.peers.own(_over_processes(grad_MD.clone(), ctx.peers.group, dist.ReduceOp.SUM)), None
+
+
+class _Joined(torch.autograd.Function):
+    """The whole of this process's queries, from each process's part of the queries of all."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, part_M: Tensor, peers: _Peers, reduction: Reduction) -> Tensor:
+        ctx.peers, ctx.reduction = peers, reduction
+        parts = torch.stack(_blocks(part_M, peers.group))
+        total_M = parts.logsumexp(0) if reduction == "log_sum_exp" else parts.sum(0)
+        ctx.save_for_backward(part_M, total_M)
+        return peers.own(total_M)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, grad_N: Tensor) -> Any:
+        part_M, total_M = ctx.saved_tensors
+        grad_M = ctx.peers.gathered(grad_N)
+        if ctx.reduction == "log_sum_exp":
+            # A query without any candidate has a sum of minus infinity, and no gradient.
+            grad_M = grad_M * torch.where(part_M == -torch.inf, 0.0, (part_M - total_M).exp())
+        return grad_M, None, None
 
 
 def _blocks(own: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:

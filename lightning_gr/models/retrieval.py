@@ -373,11 +373,11 @@ class RetrievalModule(pl.LightningModule):
             return scores.candidates.log_sum_exp(scores.queries_ND) - positives_N
         times_C, num_distinct = scores.candidates.multiplicity()
         log_weights_C = -times_C.to(positives_N.dtype).log()
-        own = (torch.arange(len(targets_N), device=targets_N.device), targets_N)
+        own: dict[str, Tensor] = {"excluded_N": targets_N, "log_weights_C": log_weights_C}
         if bce:
-            sums_N = scores.candidates.softplus_sum(scores.queries_ND, excluded=own, log_weights_C=log_weights_C)
+            sums_N = scores.candidates.softplus_sum(scores.queries_ND, **own)
             return F.softplus(-positives_N) + sums_N / (num_distinct - 1).clamp(min=1)
-        others_N = scores.candidates.log_sum_exp(scores.queries_ND, excluded=own, log_weights_C=log_weights_C)
+        others_N = scores.candidates.log_sum_exp(scores.queries_ND, **own)
         return torch.logaddexp(others_N, positives_N) - positives_N
 
     # ---- Lightning's steps -------------------------------------------------------------------------------------

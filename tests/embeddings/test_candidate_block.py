@@ -26,6 +26,8 @@ def problem(repeats: bool) -> dict[str, Tensor]:
         "ids": ids,
         "weights": torch.rand(30, generator=generator, dtype=torch.float64) + 0.1,
         "targets": torch.randint(0, NUM_IDS, (11,), generator=generator),
+        # Losses exclude one id a query: of several candidates, of none.
+        "excluded": torch.tensor([4, 9, 999, 2, *ids[:7].tolist()]),
         # Some queries exclude several ids, one all of them, some none.
         "excluded_query": torch.tensor([0, 0, 3, 10, *[6] * 30]),
         "excluded_id": torch.tensor([4, 9, 999, 2, *range(30)]),
@@ -34,6 +36,7 @@ def problem(repeats: bool) -> dict[str, Tensor]:
 
 
 def dense_scores(p: dict[str, Tensor], excluding: bool) -> Tensor:
+    """As ranking excludes."""
     scores = p["queries"] @ p["candidates"].T
     if excluding:
         for query, id_ in zip(p["excluded_query"].tolist(), p["excluded_id"].tolist(), strict=True):
@@ -53,6 +56,7 @@ def my_part(p: dict[str, Tensor], world_size: int, rank: int) -> tuple[Candidate
         "weights": p["weights"][columns],
         "targets": p["targets"][queries],
         "gradient": p["gradient"][queries],
+        "excluded": p["excluded"][queries],
         "excluded_query": p["excluded_query"][inside] - queries.start,
         "excluded_id": p["excluded_id"][inside],
     }
@@ -69,7 +73,7 @@ def run(world_size: int, cells: int, excluding: bool, weighted: bool) -> dict[st
     for reduction in ("log_sum_exp", "softplus_sum"):
         block, mine = my_part(problem(repeats=True), world_size, rank)
         settings = {
-            "excluded": (mine["excluded_query"], mine["excluded_id"]) if excluding else None,
+            "excluded_N": mine["excluded"] if excluding else None,
             "log_weights_C": mine["weights"].log() if weighted else None,
         }
         values = getattr(block, reduction)(mine["queries"], **settings)
@@ -98,7 +102,9 @@ def test_it_is_the_dense_formula(gloo: Any, world_size: int, cells: int, excludi
     for reduction in ("log_sum_exp", "softplus_sum"):
         queries, candidates = p["queries"].requires_grad_(), p["candidates"].requires_grad_()
         weights = p["weights"] if weighted else torch.ones(30, dtype=torch.float64)
-        scores = dense_scores(p, excluding)
+        scores = queries @ candidates.T
+        if excluding:
+            scores = torch.where(p["excluded"][:, None] == p["ids"], -torch.inf, scores)
         if reduction == "log_sum_exp":
             sums = (scores.exp() * weights).sum(1)
             truth = sums.log()
@@ -131,6 +137,26 @@ def test_ranks_and_best_are_those_of_a_sorted_list(gloo: Any, world_size: int, c
     assert np.concatenate([part["ranks"] for part in parts]).tolist() == ranks
     assert np.concatenate([part["top"][1] for part in parts]).tolist() == top
     np.testing.assert_allclose(np.concatenate([part["top"][0] for part in parts]), best, rtol=1e-6)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("reduction", ["log_sum_exp", "softplus_sum"])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_where_every_candidate_is_excluded_nothing_is_summed(gloo: Any, world_size: int, reduction: str) -> None:
+    for values, of_query, of_candidates in gloo(world_size).run(exclude_all, world_size, reduction):
+        assert values == [-np.inf if reduction == "log_sum_exp" else 0.0]
+        assert not of_query.any()
+        assert not of_candidates.any()
+
+
+def exclude_all(world_size: int, reduction: str) -> Any:
+    import torch.distributed as dist
+
+    query, candidates = torch.ones(1, 2, requires_grad=True), torch.ones(3, 2, requires_grad=True)
+    block = CandidateBlock(candidates, torch.full((3,), 7), dist.group.WORLD if world_size > 1 else None)
+    values = getattr(block, reduction)(query, excluded_N=torch.tensor([7]))
+    gradients = torch.autograd.grad(values.sum(), [query, candidates])
+    return values.tolist(), *(x.numpy() for x in gradients)
 
 
 def test_ties_nan_and_targets_that_are_no_candidates() -> None:

@@ -253,9 +253,9 @@ def test_the_backend_of_a_model_is_that_of_all_its_operators() -> None:
             found[backend] = (total.detach(), gradient)
         for one, other in zip(*found.values(), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+    ready = module.with_lookup_ids(batch, training=True)
+    (total,) = module.loss_sums(module(ready), ready).values()
     with pytest.raises(RuntimeError, match="differentiable once"):
-        ready = module.with_lookup_ids(batch, training=True)
-        (total,) = module.loss_sums(module(ready), ready).values()
         torch.autograd.grad(total, module.encoder.layers[0].uvqk.weight, create_graph=True)
     with pytest.raises(MisconfigurationException, match="backend='cuda': expected one of auto, reference, cpu, triton"):
         make_module(backend="cuda")

@@ -1,4 +1,4 @@
-"""Softmax over all items without the matrix of tokens and items: checks and dispatch.
+"""Softmax over all items without a large matrix of tokens and items: checks and dispatch.
 
 Shape suffixes: T tokens, C items, D width.
 """
@@ -147,7 +147,7 @@ def _checked(
 def full_softmax_flops(num_tokens: int, num_items: int, dim: int) -> int:
     """Forward floating-point operations: the dot products.
 
-    A backward pass has twice as many, and as many again for computing the logits anew, which MFU does not count.
+    A backward pass has twice as many, and as many again where it computes the logits anew, which MFU does not count.
 
     Args:
         num_tokens: tokens with a target.

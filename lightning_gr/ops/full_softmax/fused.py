@@ -1,4 +1,4 @@
-"""Softmax over items with its own backward pass, which computes the logits again: nothing of T x C exists.
+"""Softmax over items with its own backward pass, which computes the logits again, but for small matrices of them.
 
 Shape suffixes: T tokens, C items, D width.
 """
@@ -19,12 +19,12 @@ from lightning_gr.ops.full_softmax.logits import Logits
 class Kernels(Protocol):
     """What a backend provides; inputs are contiguous, results float32, or float64 if the inputs are."""
 
-    def forward(self, of: Logits) -> Tensor:
-        """The log-sum-exp of each token."""
+    def forward(self, of: Logits) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The log-sum-exp of each token, and what `backward` wants kept."""
         ...
 
     def backward(
-        self, of: Logits, targets_T: Tensor | None, total_T: Tensor, gradient_T: Tensor
+        self, of: Logits, kept: tuple[Tensor, ...], targets_T: Tensor | None, total_T: Tensor, gradient_T: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Gradients of queries and items, from the log-sum-exp and the gradient of the loss."""
         ...
@@ -42,8 +42,9 @@ class FullSoftmax(torch.autograd.Function):
         inputs: list[Any] = [x.contiguous() if isinstance(x, Tensor) else x for x in fields]
         of = Logits(*inputs)
         targets_T = None if targets_T is None else targets_T.contiguous()
-        total_T = _KERNELS[backend].forward(of)
-        ctx.save_for_backward(of.queries_TD, of.items_CD, of.log_weights_C, of.ids_C, of.excluded_T, targets_T, total_T)
+        total_T, kept = _KERNELS[backend].forward(of)
+        tensors = (of.queries_TD, of.items_CD, of.log_weights_C, of.ids_C, of.excluded_T, targets_T, total_T)
+        ctx.save_for_backward(*tensors, *kept)
         ctx.scale, ctx.backend = of.scale, backend
         if targets_T is None:
             return total_T
@@ -58,9 +59,9 @@ class FullSoftmax(torch.autograd.Function):
                 f"full_softmax: backend={ctx.backend!r} is differentiable once; run the forward pass under "
                 "lightning_gr.ops.backend.use_backend('reference') to differentiate its gradient"
             )
-        queries_TD, items_CD, *optional, targets_T, total_T = ctx.saved_tensors
+        queries_TD, items_CD, weights_C, ids_C, excluded_T, targets_T, total_T, *kept = ctx.saved_tensors
         # A token for which no item counts: exp(-inf - 0) = 0 instead of NaN.
         total_T = total_T.masked_fill(total_T == -torch.inf, 0.0)
-        of = Logits(queries_TD, items_CD, ctx.scale, *optional)
-        gradients = _KERNELS[ctx.backend].backward(of, targets_T, total_T, gradient_T.contiguous())
+        of = Logits(queries_TD, items_CD, ctx.scale, weights_C, ids_C, excluded_T)
+        gradients = _KERNELS[ctx.backend].backward(of, tuple(kept), targets_T, total_T, gradient_T.contiguous())
         return None, None, gradients[0].to(queries_TD.dtype), gradients[1].to(items_CD.dtype), *(None,) * 4

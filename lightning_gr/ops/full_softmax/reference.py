@@ -19,5 +19,7 @@ def full_softmax_reference(of: Logits, targets_T: Tensor | None) -> Tensor:
         logits_TC = logits_TC + of.log_weights_C
     if of.ids_C is not None and of.excluded_T is not None:
         logits_TC = logits_TC.masked_fill(of.ids_C == of.excluded_T[:, None], -torch.inf)
-    total_T = logits_TC.logsumexp(1)
+    nothing_T = (logits_TC == -torch.inf).all(1)
+    # torch.logsumexp of nothing has the gradient NaN.
+    total_T = logits_TC.masked_fill(nothing_T[:, None], 0.0).logsumexp(1).masked_fill(nothing_T, -torch.inf)
     return total_T if targets_T is None else total_T - logits_TC.gather(1, targets_T[:, None])[:, 0]
