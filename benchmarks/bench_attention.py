@@ -168,7 +168,7 @@ def layer_rate() -> float:
         layer(x_TD, layout=layout, mask=mask).sum().backward()
 
     step()
-    return flops / min(seconds(step) for _ in range(5))
+    return flops / min(seconds(step) for _ in range(12))
 
 
 def table(rounds: int, as_json: bool) -> None:
