@@ -60,7 +60,7 @@ def load_native(source: Path) -> ctypes.CDLL | None:
     except subprocess.CalledProcessError as error:
         lines = [line for line in error.stderr.splitlines() if "error" in line] or error.stderr.splitlines()
         _warn(source, f"{compiler}: {lines[0] if lines else error}")
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         _warn(source, str(error))
     return None
 
