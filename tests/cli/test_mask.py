@@ -81,7 +81,7 @@ def test_retrieval_is_causal_and_asks_at_the_next_events_time(
 
 
 def test_ranking_shows_every_kind(data: dict[str, list[str]], show: Callable[..., tuple[int, str, str]]) -> None:
-    code, out, _ = show(*data["mtgr"])
+    code, out, _ = show(*data["mtgr"], "--data.init_args.user_token", "true")
     assert code == 0
     assert re.search(r"1 contextual \(c\), \d+ static \(s\), \d+ real-time \(r\), \d+ candidate \(x\)", out)
     rows = {kind: re.findall(rf"^ *\d+ {kind} .*$", out, re.M) for kind in "csrx"}
