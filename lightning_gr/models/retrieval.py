@@ -269,11 +269,9 @@ class RetrievalModule(pl.LightningModule):
                 )
                 # Each item is looked up once; what a label is scored against is said by places among those.
                 drawn_NK = torch.cat([labels.values_N[:, None], negatives_NR], 1)
-                is_drawn = torch.zeros(self.num_items, dtype=torch.bool)
-                is_drawn[drawn_NK.flatten()] = True
-                items_U = is_drawn.nonzero()[:, 0]
+                items_U, places_NK = drawn_NK.unique(return_inverse=True)
                 ids["sampled"] = (items_U, _all_in_first(items_U, num_sequences))
-                ids["drawn"] = ((is_drawn.cumsum(0) - 1)[drawn_NK].flatten(), labels_B * drawn_NK.shape[1])
+                ids["drawn"] = (places_NK.flatten(), labels_B * drawn_NK.shape[1])
         if not training or self.loss == "full_softmax":
             named = None if training else self._corpus_rows
             share_C = corpus_share(self.num_items if named is None else named, self.tables)

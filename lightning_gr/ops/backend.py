@@ -57,6 +57,19 @@ def choose_backend(backend: Backend, device: torch.device) -> Backend:
     return backend
 
 
+def refuse_second_derivative(operator: str, backend: Backend) -> None:
+    """Called first in the backward pass of a fused implementation, whose gradient cannot be differentiated.
+
+    Raises:
+        RuntimeError: the gradient's own graph is wanted (``create_graph=True``).
+    """
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{operator}: backend={backend!r} is differentiable once; take backend='reference', or run the forward "
+            "pass under lightning_gr.ops.backend.use_backend('reference'), to differentiate its gradient"
+        )
+
+
 def _known(backend: Backend) -> Backend:
     if backend not in get_args(Backend):
         raise ValueError(f"backend: expected one of {', '.join(get_args(Backend))}, got {backend!r}")

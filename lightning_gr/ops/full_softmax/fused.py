@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_gr.ops.backend import Backend
+from lightning_gr.ops.backend import Backend, refuse_second_derivative
 from lightning_gr.ops.full_softmax import cpu, triton_kernel
 from lightning_gr.ops.full_softmax.logits import Logits
 
@@ -54,11 +54,7 @@ class FullSoftmax(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, gradient_T: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                f"full_softmax: backend={ctx.backend!r} is differentiable once; run the forward pass under "
-                "lightning_gr.ops.backend.use_backend('reference') to differentiate its gradient"
-            )
+        refuse_second_derivative("full_softmax", ctx.backend)
         queries_TD, items_CD, weights_C, ids_C, excluded_T, targets_T, total_T, *kept = ctx.saved_tensors
         # A token for which no item counts: exp(-inf - 0) = 0 instead of NaN.
         total_T = total_T.masked_fill(total_T == -torch.inf, 0.0)

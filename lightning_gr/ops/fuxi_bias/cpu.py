@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_gr.ops.backend import refuse_second_derivative
 from lightning_gr.ops.fuxi_bias.time_function import LARGEST_EXPONENT, TimeFunction
 from lightning_gr.ops.interval_mask import IntervalMask
 from lightning_gr.ops.jagged import JaggedLayout
@@ -77,11 +78,7 @@ class _FuxiBias(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, *d_outs: Tensor | None) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "fuxi_bias: backend='cpu' is differentiable once; run the forward pass under "
-                "lightning_gr.ops.backend.use_backend('reference') to differentiate its gradient"
-            )
+        refuse_second_derivative("fuxi_bias", "cpu")
         call: _Call = ctx.call
         v_THV, *tables = ctx.saved_tensors
         d_v = torch.zeros_like(v_THV) if ctx.needs_input_grad[1] else None

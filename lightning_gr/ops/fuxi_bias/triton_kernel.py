@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_gr.ops.backend import refuse_second_derivative
 from lightning_gr.ops.fuxi_bias.time_function import LARGEST_EXPONENT, TimeFunction
 from lightning_gr.ops.interval_mask import IntervalMask
 from lightning_gr.ops.jagged import JaggedLayout
@@ -94,11 +95,7 @@ class _FuxiBias(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, *d_outs: Tensor | None) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "fuxi_bias: backend='triton' is differentiable once; run the forward pass under "
-                "lightning_gr.ops.backend.use_backend('reference') to differentiate its gradient"
-            )
+        refuse_second_derivative("fuxi_bias", "triton")
         q_layout, k_layout, _, constants = ctx.call
         v_THV, position_table_HP, parameters_HK = ctx.saved_tensors
         tables = [position_table_HP, parameters_HK]

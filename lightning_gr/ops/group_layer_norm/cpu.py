@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_gr.ops.backend import refuse_second_derivative
 from lightning_gr.ops.group_layer_norm.reference import NormInputs, drop_below, group_layer_norm_reference
 from lightning_gr.ops.huge_pages import empty_in_huge_pages
 from lightning_gr.ops.native import load_native
@@ -53,11 +54,7 @@ class _GroupLayerNorm(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, out_grad_TD: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "group_layer_norm: backend='cpu' is differentiable once; take backend='reference', or run the forward "
-                "pass under lightning_gr.ops.backend.use_backend('reference'), to differentiate its gradient"
-            )
+        refuse_second_derivative("group_layer_norm", "cpu")
         inputs = NormInputs(*ctx.saved_tensors, *ctx.settings)
         x_grad_TD = empty_in_huge_pages(*inputs.x_TD.shape, dtype=inputs.x_TD.dtype)
         gate_grad_TD = None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_gr.ops.backend import refuse_second_derivative
 from lightning_gr.ops.group_layer_norm.reference import NormInputs, drop_below
 
 if TYPE_CHECKING:
@@ -53,11 +54,7 @@ class _GroupLayerNorm(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, out_grad_TD: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "group_layer_norm: backend='triton' is differentiable once; take backend='reference', or run the "
-                "forward pass under lightning_gr.ops.backend.use_backend('reference'), to differentiate its gradient"
-            )
+        refuse_second_derivative("group_layer_norm", "triton")
         x_grad_TD, weight_grad_GD, bias_grad_GD, gate_grad_TD = norm_backward(
             NormInputs(*ctx.saved_tensors, *ctx.settings), out_grad_TD
         )

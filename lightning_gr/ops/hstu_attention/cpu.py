@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from typing_extensions import override
 
+from lightning_gr.ops.backend import refuse_second_derivative
 from lightning_gr.ops.huge_pages import empty_in_huge_pages
 from lightning_gr.ops.interval_mask import IntervalMask
 from lightning_gr.ops.jagged import JaggedLayout
@@ -106,11 +107,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, d_out: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "hstu_attention: backend='cpu' is differentiable once; run the forward pass under "
-                "lightning_gr.ops.backend.use_backend('reference') to differentiate its gradient"
-            )
+        refuse_second_derivative("hstu_attention", "cpu")
         *inputs, lse_TH, out = ctx.saved_tensors
         if ctx.compiled:
             native = load_native(Path(__file__).with_name("cpu.cpp"))

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_gr.ops.backend import refuse_second_derivative
 from lightning_gr.ops.hstu_attention.cpu import time_thresholds
 from lightning_gr.ops.interval_mask import IntervalMask
 from lightning_gr.ops.jagged import JaggedLayout
@@ -268,11 +269,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, d_out_THV: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "hstu_attention: backend='triton' is differentiable once; run the forward pass under "
-                "lightning_gr.ops.backend.use_backend('reference') to differentiate its gradient"
-            )
+        refuse_second_derivative("hstu_attention", "triton")
         call: _Call = ctx.call
         *kept, lse_TH, out_THV = ctx.saved_tensors
         inputs = tuple(kept)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_gr.ops.backend import refuse_second_derivative
 from lightning_gr.ops.native import load_native
 
 
@@ -49,11 +50,7 @@ class _AddEncodings(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, d_out: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "add_encodings: backend='cpu' is differentiable once; run the forward pass under "
-                "lightning_gr.ops.backend.use_backend('reference') to differentiate its gradient"
-            )
+        refuse_second_derivative("add_encodings", "cpu")
         native = _native(d_out)
         d_out = d_out.contiguous()
         d_x = d_out * ctx.scale if ctx.needs_input_grad[2] else None

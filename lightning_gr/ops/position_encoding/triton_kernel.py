@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_gr.ops.backend import refuse_second_derivative
+
 tl: Any  # triton.language, a global since kernels look it up there
 _TOKENS, _COLUMNS, _PIECE = 16, 128, 64
 
@@ -53,11 +55,7 @@ class _AddEncodings(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, d_out: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "add_encodings: backend='triton' is differentiable once; run the forward pass under "
-                "lightning_gr.ops.backend.use_backend('reference') to differentiate its gradient"
-            )
+        refuse_second_derivative("add_encodings", "triton")
         d_x = d_out * ctx.scale if ctx.needs_input_grad[2] else None
         d_out = d_out.contiguous()
         d_tables = [

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_gr.ops.backend import Backend
+from lightning_gr.ops.backend import Backend, refuse_second_derivative
 from lightning_gr.ops.sampled_softmax import cpu, triton_kernel
 
 
@@ -48,11 +48,7 @@ class GatheredDots(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, weights_TK: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                f"sampled_softmax: backend={ctx.backend!r} is differentiable once; run the forward pass under "
-                "lightning_gr.ops.backend.use_backend('reference') to differentiate its gradient"
-            )
+        refuse_second_derivative("sampled_softmax", ctx.backend)
         queries_TD, rows_UD, indices_TK = ctx.saved_tensors
         kernels, weights_TK = _KERNELS[ctx.backend], weights_TK.contiguous()
         d_queries = d_rows = None

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 from typing_extensions import override
 
+from lightning_gr.ops.backend import refuse_second_derivative
 from lightning_gr.ops.group_layer_norm.cpu import norm_backward, norm_forward, widened
 from lightning_gr.ops.group_layer_norm.reference import NormInputs
 from lightning_gr.ops.huge_pages import empty_in_huge_pages
@@ -58,11 +59,7 @@ class _UVQKProjection(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, out_grad_TE: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "uvqk_projection: backend='cpu' is differentiable once; take backend='reference', or run the forward "
-                "pass under lightning_gr.ops.backend.use_backend('reference'), to differentiate its gradient"
-            )
+        refuse_second_derivative("uvqk_projection", "cpu")
         weight_ED, bias_E, product_TE, x_TD, norm_weight_GD, norm_bias_GD, groups_T = ctx.saved_tensors
         norm = NormInputs(x_TD, norm_weight_GD, norm_bias_GD, groups_T, None, ctx.eps)
         (num_tokens, dim), width, dtype = norm.x_TD.shape, weight_ED.shape[0], weight_ED.dtype

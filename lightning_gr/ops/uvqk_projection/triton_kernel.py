@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_gr.ops.backend import refuse_second_derivative
 from lightning_gr.ops.group_layer_norm.reference import NormInputs
 from lightning_gr.ops.group_layer_norm.triton_kernel import check_dtype, norm_backward, norm_forward
 
@@ -45,11 +46,7 @@ class _UVQKProjection(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, out_grad_TE: Tensor) -> Any:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "uvqk_projection: backend='triton' is differentiable once; take backend='reference', or run the "
-                "forward pass under lightning_gr.ops.backend.use_backend('reference'), to differentiate its gradient"
-            )
+        refuse_second_derivative("uvqk_projection", "triton")
         weight_ED, bias_E, product_TE, x_TD, norm_weight_GD, norm_bias_GD, groups_T = ctx.saved_tensors
         norm = NormInputs(x_TD, norm_weight_GD, norm_bias_GD, groups_T, None, ctx.eps)
         product_grad_TE, bias_grad_E = _silu_backward(product_TE, bias_E, out_grad_TE)
