@@ -9,15 +9,21 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemReader, load, save
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 META_FILENAME = "meta.pt"
 """Name of the commit mark, the one that Lightning's own sharded checkpoints use."""
+
+DYNAMIC_FOLDER = "dynamic"
+"""Of dynamic tables: a folder for each collection."""
 
 _METADATA_MODULES = (
     "torch.distributed.checkpoint.metadata",
@@ -93,7 +99,14 @@ def check_complete(path: Path) -> None:
         )
 
 
-def write(path: Path, tensors: dict[str, Any], meta: dict[str, Any], *, is_global_zero: bool) -> None:
+def write(
+    path: Path,
+    tensors: dict[str, Any],
+    meta: dict[str, Any],
+    *,
+    is_global_zero: bool,
+    write_more: Callable[[Path], None] | None = None,
+) -> None:
     """Saves the directory; a collective call, after which rank 0 alone writes the commit mark.
 
     Args:
@@ -101,6 +114,7 @@ def write(path: Path, tensors: dict[str, Any], meta: dict[str, Any], *, is_globa
         tensors: nested dictionaries of tensors, sharded or replicated.
         meta: everything else; plain containers and tensors, readable with ``weights_only=True``.
         is_global_zero: whether this process writes the commit mark.
+        write_more: writes further files of every rank into the directory.
     """
     if is_global_zero:
         if path.is_file():
@@ -108,7 +122,12 @@ def write(path: Path, tensors: dict[str, Any], meta: dict[str, Any], *, is_globa
         path.mkdir(parents=True, exist_ok=True)
         # An earlier checkpoint of this name stops being one before its first shard is overwritten.
         (path / META_FILENAME).unlink(missing_ok=True)
+        shutil.rmtree(path / DYNAMIC_FOLDER, ignore_errors=True)
     save(tensors, checkpoint_id=path)
+    if write_more is not None:
+        # `save` has waited for rank 0, so what it has just removed is gone.
+        write_more(path)
+        dist.barrier()
     if is_global_zero:
         temporary = path / f".{META_FILENAME}.tmp"
         with temporary.open("wb") as file:

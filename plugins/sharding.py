@@ -1,13 +1,16 @@
-"""How static TorchRec collections are cut over the ranks, and which sparse optimiser steps in their backward."""
+"""How embedding collections are cut over the ranks, and which sparse optimiser steps in their backward."""
 
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
+
+if TYPE_CHECKING:
+    from lightning_gr.embeddings.dynamic import SparseOptimizerConfig
 
 _DIMENSIONS_OF_KERNELS = 4
 _RESERVED_FOR_THE_DENSE_PART = 0.15
@@ -44,8 +47,16 @@ def attach_sparse_optimizer(collection: nn.Module, *, optimizer: SparseOptimizer
     apply_in_backward(classes[optimizer], own, {"lr": lr})
 
 
-def make_plan(module: nn.Module, *, sharding: Sharding, device: torch.device, num_local: int) -> tuple[Any, list[Any]]:
-    """The sharding plan of all static collections, and the sharders; a collective call.
+def make_plan(
+    module: nn.Module,
+    *,
+    sharding: Sharding,
+    device: torch.device,
+    num_local: int,
+    dynamic_optimizer: SparseOptimizerConfig,
+    seed: int,
+) -> tuple[Any, list[Any]]:
+    """The sharding plan of all collections, static and dynamic, and the sharders; a collective call.
 
     Args:
         module: the root that is going to be wrapped.
@@ -53,6 +64,8 @@ def make_plan(module: nn.Module, *, sharding: Sharding, device: torch.device, nu
             form in TorchRec; its tables are then placed whole.
         device: compute device of this rank.
         num_local: processes on this node.
+        dynamic_optimizer: of dynamic tables without their own.
+        seed: of the run, equal on all ranks.
 
     Returns:
         ``(ShardingPlan, sharders)``.
@@ -69,7 +82,13 @@ def make_plan(module: nn.Module, *, sharding: Sharding, device: torch.device, nu
     from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
     from torchrec.distributed.types import ShardingPlan
 
-    sharders: list[Any] = [EmbeddingCollectionSharder(), EmbeddingBagCollectionSharder()]
+    from lightning_gr.plugins.dynamic_sharding import dynamic_collections, dynamic_sharders
+
+    sharders: list[Any] = [
+        EmbeddingCollectionSharder(),
+        EmbeddingBagCollectionSharder(),
+        *dynamic_sharders(optimizer=dynamic_optimizer, seed=seed),
+    ]
     constraints = {}
     for collection in static_collections(module).values():
         whole = sharding == "row_wise" and device.type == "cpu" and not isinstance(collection, EmbeddingCollection)
@@ -83,7 +102,7 @@ def make_plan(module: nn.Module, *, sharding: Sharding, device: torch.device, nu
                 sharding_types=["table_wise" if whole else sharding],
                 compute_kernels=[EmbeddingComputeKernel.FUSED.value],
             )
-    if not constraints:
+    if not constraints and not dynamic_collections(module):
         return ShardingPlan({}), sharders
     # The planner warns of dry runs and topologies that do not concern a user of this strategy.
     logging.getLogger("torchrec.distributed.planner").setLevel(logging.ERROR)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -15,13 +15,15 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
 from lightning_gr.batch import SequenceBatch
 from lightning_gr.embeddings import deferred_tables, initialise_tables
+from lightning_gr.embeddings.dynamic import SparseOptimizerConfig
 from lightning_gr.plugins import checkpoint_directory
+from lightning_gr.plugins.dynamic_training import DynamicTraining, clipping_with
 from lightning_gr.plugins.sharding import (
     Sharding,
     SparseOptimizer,
@@ -43,10 +45,11 @@ _DMP_ATTRIBUTE = "_lightning_gr_dmp"
 class SequenceBalancedStrategy(DDPStrategy):
     """Trains any LightningModule on 1 to N processes; TorchRec collections inside it are sharded over the ranks.
 
-    The LightningModule itself is wrapped in TorchRec's ``DistributedModelParallel``: its static embedding collections
-    become sharded, everything else is data parallel. Table rows are updated inside backward by the sparse optimiser
-    named here; the module's own optimiser sees the dense parameters. Checkpoints are directories in Lightning's
-    sharded format and can be read on another number of ranks.
+    The LightningModule itself is wrapped in TorchRec's ``DistributedModelParallel``: its embedding collections, static
+    and dynamic, become sharded, everything else is data parallel. Rows of static tables are updated inside backward by
+    the sparse optimiser named here, those of dynamic tables together with the dense step; the module's own optimiser
+    sees the dense parameters. Checkpoints are directories in Lightning's sharded format and can be read on another
+    number of ranks.
 
     The gradient is that of one process on the union of the ranks' batches when the loss is a local sum over a global
     denominator: a `SequenceBatch` carries what that takes, and any other module may return
@@ -116,6 +119,7 @@ class SequenceBalancedStrategy(DDPStrategy):
         self.bucket_cap_mb = bucket_cap_mb
         self._dmp: DistributedModelParallel | None = None
         self._sparse_base_lrs: list[float] = []
+        self._dynamic: DynamicTraining | None = None
         self._said_mean_of_means = False
 
     @property
@@ -164,16 +168,22 @@ class SequenceBalancedStrategy(DDPStrategy):
         assert self.accelerator is not None
         assert self.lightning_module is not None
         self.accelerator.setup(trainer)
-        self._check_precision()
+        self._check_precision(self.lightning_module)
         self._dmp = self._wrap(self.lightning_module)
         self.model = self._dmp
+        self._dynamic = DynamicTraining(self._dmp)
         if trainer.state.fn == TrainerFn.FITTING:
             self._warn_of_settings_that_tables_ignore(trainer)
+            self._dynamic.check(trainer)
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
+        if self._dynamic.engines:
+            clipping_with(self._dynamic, self.precision_plugin)
 
-    def _check_precision(self) -> None:
+    def _check_precision(self, module: pl.LightningModule) -> None:
         precision = self.precision_plugin.precision
+        if precision == "16-mixed" and _DMP_ATTRIBUTE not in module.__dict__ and not static_collections(module):
+            return  # dynamic tables step after the scaler has spoken
         if precision not in ("32-true", "bf16-mixed", "64-true"):
             raise MisconfigurationException(
                 f"precision={precision!r}: sharded tables update their rows inside backward, before Lightning could "
@@ -204,8 +214,16 @@ class SequenceBalancedStrategy(DDPStrategy):
             )
         for child in collections.values():
             attach_sparse_optimizer(child, optimizer=self.sparse_optimizer, lr=self.sparse_lr)
+        from lightning_gr.plugins.dynamic_sharding import dynamic_collections
+
+        sparse = SparseOptimizerConfig(name=self.sparse_optimizer, lr=self.sparse_lr)
         plan, sharders = make_plan(
-            module, sharding=self.sharding, device=self.root_device, num_local=self.num_processes
+            module,
+            sharding=self.sharding,
+            device=self.root_device,
+            num_local=self.num_processes,
+            dynamic_optimizer=sparse,
+            seed=seed,
         )
         # Tables that the module built with values keep them: TorchRec copies them into the shards.
         dmp = DistributedModelParallel(
@@ -221,7 +239,7 @@ class SequenceBalancedStrategy(DDPStrategy):
                 bucket_cap_mb=self.bucket_cap_mb,
             ),
         )
-        left = static_collections(module)
+        left = static_collections(module) | dynamic_collections(module)
         if left:
             raise MisconfigurationException(
                 f"{type(module).__name__}.{next(iter(left))}: reached by a second name or from a Python list, so it "
@@ -273,7 +291,9 @@ class SequenceBalancedStrategy(DDPStrategy):
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self._dynamic is not None
         self._set_sparse_learning_rates()
+        self._dynamic.begin_step((*args, *kwargs.values()), lr_factor=self._lr_factor())
         output = super().training_step(*args, **kwargs)
         if any(isinstance(x, SequenceBatch) for x in (*args, *kwargs.values())):
             return output
@@ -300,14 +320,18 @@ class SequenceBalancedStrategy(DDPStrategy):
         ]
         return torch.stack(terms).sum()
 
+    def _lr_factor(self) -> float:
+        """The schedule's share of the first dense parameter group's rate, which the sparse rates follow."""
+        if not self.optimizers:
+            return 1.0
+        dense = self.optimizers[0].param_groups[0]
+        return float(dense["lr"] / dense["initial_lr"]) if dense.get("initial_lr") else 1.0
+
     def _set_sparse_learning_rates(self) -> None:
         """Before forward: FBGEMM captures the rate there and updates the rows in backward."""
         assert self._dmp is not None
         fused = self._dmp.fused_optimizer
-        factor = 1.0
-        if self.optimizers:
-            dense = self.optimizers[0].param_groups[0]
-            factor = dense["lr"] / dense["initial_lr"] if dense.get("initial_lr") else 1.0
+        factor = self._lr_factor()
         changed = False
         for group, base_lr in zip(fused.param_groups, self._sparse_base_lrs, strict=True):
             changed |= group["lr"] != base_lr * factor
@@ -322,6 +346,30 @@ class SequenceBalancedStrategy(DDPStrategy):
     @override
     def post_backward(self, closure_loss: Tensor) -> None:
         """Nothing: the base class looks for a bare DDP model."""
+
+    @override
+    def optimizer_step(
+        self,
+        optimizer: Optimizer,
+        closure: Callable[[], Any],
+        model: pl.LightningModule | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The dense step, with the dynamic tables' gradients complete before clipping and their rows updated after."""
+        dynamic = self._dynamic
+        assert dynamic is not None
+        leave_out = False
+
+        def closure_then_flush() -> Any:
+            nonlocal leave_out
+            result = closure()
+            dense = [p for group in optimizer.param_groups for p in group["params"]]
+            leave_out = dynamic.flush(dense, getattr(self.precision_plugin, "scaler", None))
+            return result
+
+        output = super().optimizer_step(optimizer, closure_then_flush, model, **kwargs)
+        dynamic.step(leave_out=leave_out)
+        return output
 
     @contextmanager
     @override
@@ -366,7 +414,13 @@ class SequenceBalancedStrategy(DDPStrategy):
             dense, groups = self._dense_optimizer_state()
             tensors |= {"dense_optimizer": dense, "sparse_optimizer": self._sparse_optimizer_state()}
             checkpoint["dense_param_groups"] = groups
-        checkpoint_directory.write(path, _tensors_only(tensors), checkpoint, is_global_zero=self.is_global_zero)
+        checkpoint_directory.write(
+            path,
+            _tensors_only(tensors),
+            checkpoint,
+            is_global_zero=self.is_global_zero,
+            write_more=self._dynamic.save if self._dynamic is not None and self._dynamic.engines else None,
+        )
         self.barrier()
 
     @override
@@ -389,6 +443,8 @@ class SequenceBalancedStrategy(DDPStrategy):
         self._dmp.load_state_dict(weights)
         if restore_optimizers:
             self._load_dense_state(tensors["dense_optimizer"], meta["dense_param_groups"])
+        if self._dynamic is not None:
+            self._dynamic.load(path)
         self.barrier()
         return meta
 

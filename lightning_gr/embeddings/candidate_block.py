@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_gr.embeddings.dynamic.engine import DynamicEngine
 from lightning_gr.ops.full_softmax import log_sum_exp
 
 _CELLS_AT_ONCE = 1 << 26
@@ -29,6 +30,8 @@ Reduction = Literal["log_sum_exp", "softplus_sum"]
 
 def process_group_of(tables: nn.Module | None) -> dist.ProcessGroup | None:
     """The processes over which a collection's rows are spread; None where each process has them all."""
+    if isinstance(engine := getattr(tables, "engine", None), DynamicEngine):
+        return engine.group
     group = getattr(getattr(tables, "_env", None), "process_group", None)
     return group if group is not None and group.size() > 1 else None
 
@@ -38,13 +41,15 @@ def corpus_share(rows: Tensor | int, tables: nn.Module | None) -> Tensor:
 
     Args:
         rows: int64 rows of the corpus, ascending, or how many there are. All rows are cut as row-wise sharding cuts
-            them, so that looking up a share leaves no process.
-        tables: the collection that holds them.
+            them, so that looking up a share leaves no process. Of a dynamic table they are ids in any order.
+        tables: the collection that holds them; if it is dynamic, in its only table.
 
     Raises:
         ValueError: there are more processes than rows.
     """
     rows = torch.arange(rows) if isinstance(rows, int) else rows
+    if isinstance(engine := getattr(tables, "engine", None), DynamicEngine):
+        return rows[engine.owned(0, rows)]
     group = process_group_of(tables)
     if group is None:
         return rows

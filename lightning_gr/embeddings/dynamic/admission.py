@@ -1,0 +1,201 @@
+"""Counters of keys that wait for admission: exact, or a count-min sketch of fixed size.
+
+Shape suffixes: N keys, T tables, V virtual shards, R rows of a sketch, W counters of a row, B buffered occurrences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_gr.counter_random import mix64
+from lightning_gr.embeddings.dynamic.key_index import KeyIndex, key_hash, top_bits
+from lightning_gr.embeddings.dynamic.row_storage import RowStorage
+from lightning_gr.embeddings.dynamic.unique_keys import unique_keys
+
+_SKETCH_ROWS = 4
+_PRUNE_EVERY = 64
+
+
+class AdmissionCounter(Protocol):
+    """Occurrences of keys in finished steps; those of the running step are buffered until it is committed."""
+
+    def counts(self, ids_N: Tensor) -> Tensor:
+        """Occurrences in finished steps, int64 (N,)."""
+        ...
+
+    def add(self, ids_N: Tensor, counts_N: Tensor) -> None:
+        """Buffers occurrences of the running step."""
+        ...
+
+    def forget(self, ids_N: Tensor) -> None:
+        """Drops keys that were admitted; distinct."""
+        ...
+
+    def commit(self, step: int) -> None:
+        """Takes what was buffered as having occurred in `step`."""
+        ...
+
+    def state(self, shard_bits: int) -> tuple[dict[str, Tensor], list[int]]:
+        """Tensors whose rows are sorted by virtual shard, and where each shard's begin."""
+        ...
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Adds the rows of some shards."""
+        ...
+
+
+class _Buffered:
+    """The occurrences of the running step."""
+
+    def __init__(self) -> None:
+        self._ids: list[Tensor] = []
+        self._counts: list[Tensor] = []
+
+    def add(self, ids_N: Tensor, counts_N: Tensor) -> None:
+        if len(ids_N):
+            self._ids.append(ids_N)
+            self._counts.append(counts_N)
+
+    def _taken(self) -> tuple[Tensor, Tensor] | None:
+        if not self._ids:
+            return None
+        ids_B, counts_B = torch.cat(self._ids), torch.cat(self._counts)
+        self._ids.clear()
+        self._counts.clear()
+        unique = unique_keys(ids_B, [0, len(ids_B)], counts_B)
+        return unique.ids_U, unique.counts_U
+
+
+class ExactCounter(_Buffered, AdmissionCounter):
+    """One counter a key.
+
+    Args:
+        salt: of the table.
+        forget_after_steps: keys that have not occurred for so many steps are dropped; None keeps all.
+        device: where they are.
+    """
+
+    def __init__(self, *, salt: int, forget_after_steps: int | None, device: torch.device) -> None:
+        super().__init__()
+        self._salt, self._forget_after_steps, self._device = salt, forget_after_steps, device
+        self._index = KeyIndex(salts=[salt], device=device)
+        self._rows = RowStorage(dim=1, state_width=0, device=device)
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    @override
+    def counts(self, ids_N: Tensor) -> Tensor:
+        rows_N = self._index.find(ids_N, 0)
+        known_N = rows_N >= 0
+        counts_N = torch.zeros_like(ids_N)
+        counts_N[known_N] = self._rows.read_metadata(rows_N[known_N]).counts
+        return counts_N
+
+    @override
+    def forget(self, ids_N: Tensor) -> None:
+        rows_N = self._index.delete(ids_N, 0)
+        self._rows.free(rows_N[rows_N >= 0])
+
+    @override
+    def commit(self, step: int) -> None:
+        if (taken := self._taken()) is not None:
+            self._add(*taken, step)
+        if self._forget_after_steps is not None and step % _PRUNE_EVERY == 0:
+            ids_N, _, rows_N = self._index.entries()
+            old_N = self._rows.read_metadata(rows_N).last_steps < step - self._forget_after_steps
+            self.forget(ids_N[old_N])
+
+    def _add(self, ids_N: Tensor, counts_N: Tensor, steps: int | Tensor) -> None:
+        rows_N = self._index.find(ids_N, 0)
+        new_N = rows_N < 0
+        rows_N[new_N] = self._rows.allocate(int(new_N.sum()))
+        self._index.insert(ids_N[new_N], 0, rows_N[new_N])
+        counts_N = counts_N + self._rows.read_metadata(rows_N).counts
+        steps_N = torch.full_like(counts_N, steps) if isinstance(steps, int) else steps
+        self._rows.write_metadata(rows_N, counts=counts_N, last_steps=steps_N)
+
+    @override
+    def state(self, shard_bits: int) -> tuple[dict[str, Tensor], list[int]]:
+        ids_N, _, rows_N = self._index.entries()
+        shards_N = top_bits(key_hash(ids_N, self._salt), shard_bits)
+        order = ids_N.argsort()
+        order = order[shards_N[order].argsort(stable=True)]
+        metadata = self._rows.read_metadata(rows_N[order])
+        state = {"ids": ids_N[order], "counts": metadata.counts, "last_steps": metadata.last_steps}
+        counts_V = torch.bincount(shards_N, minlength=1 << shard_bits)
+        return state, [0, *counts_V.cumsum(0).tolist()]
+
+    @override
+    def load(self, state: dict[str, Tensor]) -> None:
+        moved = {name: x.to(self._device) for name, x in state.items()}
+        self._add(moved["ids"], moved["counts"], moved["last_steps"])
+
+
+class SketchCounter(_Buffered, AdmissionCounter):
+    """A count-min sketch a virtual shard (Cormode and Muthukrishnan, 2005), so that it can be cut over processes.
+
+    Args:
+        salt: of the table.
+        shard_bits: hash bits that number the virtual shards.
+        width: counters of each of its four rows.
+        device: where it is.
+    """
+
+    def __init__(self, *, salt: int, shard_bits: int, width: int, device: torch.device) -> None:
+        super().__init__()
+        self._salt, self._shard_bits, self._width = salt, shard_bits, width
+        self._cells_VRW = torch.zeros(1 << shard_bits, _SKETCH_ROWS, width, dtype=torch.int32, device=device)
+
+    def _places(self, ids_N: Tensor) -> Tensor:
+        """Cells of each key in the flattened sketch, (N, R)."""
+        hash_N = key_hash(ids_N, self._salt)
+        rows_R = torch.arange(_SKETCH_ROWS, device=ids_N.device)
+        columns_NR = (mix64(hash_N[:, None] + 1 + rows_R) >> 16 & 0x7FFFFFFF) % self._width
+        shards_N = top_bits(hash_N, self._shard_bits)
+        return (shards_N[:, None] * _SKETCH_ROWS + rows_R) * self._width + columns_NR
+
+    @override
+    def counts(self, ids_N: Tensor) -> Tensor:
+        return self._cells_VRW.view(-1)[self._places(ids_N)].amin(1).to(torch.int64)
+
+    @override
+    def forget(self, ids_N: Tensor) -> None:
+        """Nothing: other keys count in the same cells."""
+
+    @override
+    def commit(self, step: int) -> None:
+        if (taken := self._taken()) is not None:
+            places_NR = self._places(taken[0])
+            counts_NR = taken[1].to(torch.int32)[:, None].expand_as(places_NR)
+            self._cells_VRW.view(-1).index_add_(0, places_NR.reshape(-1), counts_NR.reshape(-1))
+
+    @override
+    def state(self, shard_bits: int) -> tuple[dict[str, Tensor], list[int]]:
+        assert shard_bits == self._shard_bits
+        used_V = self._cells_VRW.flatten(1).any(1)
+        shards = used_V.nonzero()[:, 0]
+        state = {"shards": shards, "cells": self._cells_VRW[shards]}
+        return state, [0, *used_V.cumsum(0).tolist()]
+
+    @override
+    def load(self, state: dict[str, Tensor]) -> None:
+        device = self._cells_VRW.device
+        if state["cells"].shape[1:] != self._cells_VRW.shape[1:]:
+            raise ValueError(
+                f"admission: the saved sketch has {state['cells'].shape[2]} counters a row, not "
+                f"{self._width}; set sketch_width to that"
+            )
+        self._cells_VRW[state["shards"].to(device)] = state["cells"].to(device)
+
+
+def salts_of(names: Sequence[str]) -> list[int]:
+    """A number of each table by its name alone, so that another table changes no key's hash."""
+    from lightning_gr.counter_random import name_key
+
+    return [key - (1 << 64) if (key := name_key(name)) >= 1 << 63 else key for name in names]

@@ -1,0 +1,140 @@
+"""DynamicEmbeddingCollection and its pooled form: TorchRec's interface over tables that take any int64 id."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_gr.embeddings.dynamic.engine import DynamicEngine, DynamicLookup
+from lightning_gr.embeddings.dynamic.gather_rows import gather_rows, segment_pool
+from lightning_gr.embeddings.dynamic.settings import DynamicTables
+from lightning_gr.embeddings.dynamic.table_config import DynamicTableConfig, check_configs
+
+if TYPE_CHECKING:
+    from torchrec import JaggedTensor, KeyedJaggedTensor, KeyedTensor
+
+
+class DynamicEmbeddingModule(nn.Module):
+    """What both forms share: configs, settings, and an engine for one process that is made at the first lookup.
+
+    Under `SequenceBalancedStrategy` the tables are cut over all processes and stepped with the dense optimiser. In a
+    loop of one's own: ``loss.backward()``, then ``collection.engine.step()``.
+
+    Args:
+        tables: one config a table.
+        settings: of all of them together.
+
+    Raises:
+        ValueError: two configs of one name and the like.
+    """
+
+    def __init__(self, *, tables: Sequence[DynamicTableConfig], settings: DynamicTables | None = None) -> None:
+        super().__init__()
+        check_configs(tables)
+        self.configs = tuple(tables)
+        self.settings = settings or DynamicTables()
+        self._engine: DynamicEngine | None = None
+
+    def embedding_configs(self) -> Sequence[DynamicTableConfig]:
+        """The tables' configs."""
+        return self.configs
+
+    @property
+    def engine(self) -> DynamicEngine:
+        """The tables of this process; made for one process where nothing has sharded the collection."""
+        if self._engine is None:
+            self._engine = self.settings.engine(self.configs, seed=torch.initial_seed(), device="cpu", group=None)
+        return self._engine
+
+    def looked_up(self, features: KeyedJaggedTensor) -> DynamicLookup:
+        """A lookup whose rows have arrived; one process."""
+        engine = self.engine
+        lookup = engine.take(features, training=is_training(self))
+        lookup.exchange.send_keys()
+        engine.find(lookup)
+        return lookup
+
+
+class DynamicEmbeddingCollection(DynamicEmbeddingModule):
+    """Looks up a row for every id of every feature, as TorchRec's ``EmbeddingCollection`` does."""
+
+    @override
+    def forward(self, features: KeyedJaggedTensor) -> dict[str, JaggedTensor]:
+        """By feature, a float32 row for each of its ids."""
+        return jagged_output(self.engine, self.looked_up(features))
+
+
+class DynamicEmbeddingBagCollection(DynamicEmbeddingModule):
+    """Pools the rows of each sample's ids, as TorchRec's ``EmbeddingBagCollection`` does."""
+
+    @override
+    def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
+        """By feature, the pooled rows (B, D); a sample without ids has zeros."""
+        return pooled_output(self.engine, self.looked_up(features))
+
+
+def is_training(module: nn.Module) -> bool:
+    """Whether a lookup may change tables: a forward that backward can follow."""
+    return module.training and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+
+
+def _of_each_lookup(engine: DynamicEngine, lookup: DynamicLookup) -> list[tuple[str, str, int, Tensor]]:
+    """Feature, output name, physical table, and places of its ids' rows, in the engine's order."""
+    physical = [engine.logical[t][0] for t, _, _ in engine.lookups]
+    sizes: list[list[int]] = [[] for _ in engine.tables]
+    for p, size in zip(physical, lookup.sizes, strict=True):
+        sizes[p].append(size)
+    places = [iter(x.split(s)) for x, s in zip(lookup.exchange.places, sizes, strict=True)]
+    return [
+        (feature, name, p, next(places[p])) for (_, feature, name), p in zip(engine.lookups, physical, strict=True)
+    ]
+
+
+def jagged_output(engine: DynamicEngine, lookup: DynamicLookup) -> dict[str, JaggedTensor]:
+    """Rows by feature, one for each id; waits for what is under way."""
+    from torchrec import JaggedTensor
+
+    rows = engine.received(lookup)
+    expanded = [gather_rows(r, places) for r, places in zip(rows, lookup.exchange.places, strict=True)]
+    sizes: list[list[int]] = [[] for _ in engine.tables]
+    for (t, _, _), size in zip(engine.lookups, lookup.sizes, strict=True):
+        sizes[engine.logical[t][0]].append(size)
+    parts = [iter(x.split(s)) for x, s in zip(expanded, sizes, strict=True)]
+    lengths = _lengths(lookup.features)
+    return {
+        name: JaggedTensor(values=next(parts[engine.logical[t][0]]), lengths=lengths[feature])
+        for t, feature, name in engine.lookups
+    }
+
+
+def pooled_output(engine: DynamicEngine, lookup: DynamicLookup) -> KeyedTensor:
+    """Pooled rows by feature; waits for what is under way."""
+    from torchrec import KeyedTensor
+
+    rows = engine.received(lookup)
+    lengths = _lengths(lookup.features)
+    weights = _weights(lookup.features)
+    by_name = {}
+    for (t, _, _), (feature, name, p, places) in zip(engine.lookups, _of_each_lookup(engine, lookup), strict=True):
+        offsets_B1 = torch.nn.functional.pad(lengths[feature].to(torch.int64).cumsum(0), (1, 0))
+        pooling = engine.configs[t].pooling
+        by_name[name] = segment_pool(rows[p], places, offsets_B1, pooling, weights.get(feature))
+    dims = [x.shape[1] for x in by_name.values()]
+    return KeyedTensor(keys=list(by_name), length_per_key=dims, values=torch.cat(list(by_name.values()), 1))
+
+
+def _lengths(features: Any) -> dict[str, Tensor]:
+    """Lengths (B,) by feature; TorchRec's own accessor refuses an empty batch."""
+    keys = features.keys()
+    return dict(zip(keys, features.lengths().view(len(keys), -1) if features.stride() else [features.lengths()] * len(keys), strict=True))
+
+
+def _weights(features: Any) -> dict[str, Tensor]:
+    weights = features.weights_or_none()
+    if weights is None:
+        return {}
+    return dict(zip(features.keys(), weights.split(features.length_per_key()), strict=True))

@@ -1,0 +1,444 @@
+"""DynamicEngine: tables, lookups, pending gradients and clocks of one dynamic collection on one process.
+
+It is neither a module nor a parameter: what it holds grows, and no other part of a training step may copy, average or
+save it. The strategy, or the user of a plain loop, calls `flush` and `step` where the dense optimiser steps.
+
+Shape suffixes: N looked-up ids, U distinct keys, D width, T tables.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_gr.embeddings.dynamic.dynamic_table import DynamicTable
+from lightning_gr.embeddings.dynamic.exchange import (
+    Dedup,
+    ExchangePrecision,
+    ExchangeStatistics,
+    LookupExchange,
+    Placement,
+)
+from lightning_gr.embeddings.dynamic.gather_rows import sum_rows
+from lightning_gr.embeddings.dynamic.key_index import key_hash, top_bits
+from lightning_gr.embeddings.dynamic.sparse_optimizers import SparseOptimizerConfig
+from lightning_gr.embeddings.dynamic.table_config import DynamicTableConfig, check_configs
+from lightning_gr.embeddings.dynamic.unique_keys import unique_keys
+
+_DEFAULT_LR = 0.05
+
+
+@dataclass(eq=False)
+class DynamicLookup:
+    """One forward of a collection.
+
+    Args:
+        features: what was looked up; `DynamicEngine.take` knows a prefetched lookup by it.
+        training: whether it may change tables and gets gradients.
+        exchange: the keys' and rows' travel.
+        sizes: by feature in the engine's order, how many ids.
+        rows: of each physical table, what was received; the leaves of autograd.
+        owned: of each physical table, rows at this process that the received keys stand for.
+        ready: leaves that have their gradient.
+    """
+
+    features: Any
+    training: bool
+    exchange: LookupExchange
+    sizes: list[int]
+    rows: list[Tensor] = field(default_factory=list)
+    owned: list[Tensor] = field(default_factory=list)
+    seeds: list[Tensor] = field(default_factory=list)
+    ready: int = 0
+    sent: bool = False
+
+    def record_stream(self, stream: Any) -> None:
+        """As TorchRec's contexts have it; the exchange runs on the stream that made it."""
+
+
+class DynamicEngine:
+    """The tables of a collection, cut over the processes of a group.
+
+    Args:
+        configs: the logical tables.
+        optimizer: of tables without their own.
+        seed: of the run; first values are drawn from it.
+        virtual_shards: into how many shards hash bits cut keys: a power of two that stays for the table's life.
+        merge: whether tables of equal width, optimiser and storage share a physical table.
+        encode_ids: whether the key index holds bit-encoded ids.
+        dedup: which stages of deduplication run.
+        exchange_precision: of rows and gradients while they travel.
+        fused_update: whether rows are updated as soon as backward has reached them all; `step` then has nothing left.
+        device: of the tables.
+        group: a process group of its own; None for one process.
+
+    Attributes:
+        lr_factor: multiplies the learning rate of every table: the schedule's share.
+        next_step: number of the step that is under way.
+        time: seconds of the data's clock.
+        statistics: what lookups moved.
+
+    Raises:
+        ValueError: a setting that cannot work, by name.
+    """
+
+    def __init__(
+        self,
+        *,
+        configs: Sequence[DynamicTableConfig],
+        optimizer: SparseOptimizerConfig,
+        seed: int,
+        virtual_shards: int = 1024,
+        merge: bool = True,
+        encode_ids: bool = False,
+        dedup: Dedup = "two_stage",
+        exchange_precision: ExchangePrecision = "fp32",
+        fused_update: bool = False,
+        device: torch.device | str = "cpu",
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        check_configs(configs)
+        if virtual_shards < 1 or virtual_shards & (virtual_shards - 1):
+            raise ValueError(f"virtual_shards={virtual_shards}: expected a power of two")
+        self.group = group if group is not None and group.size() > 1 else None
+        self.world_size = 1 if self.group is None else self.group.size()
+        self.rank = 0 if self.group is None else self.group.rank()
+        if virtual_shards < self.world_size:
+            raise ValueError(f"virtual_shards={virtual_shards}: fewer than the {self.world_size} processes; raise it")
+        self.device, self.seed, self.virtual_shards = torch.device(device), seed, virtual_shards
+        self.dedup, self.exchange_precision, self.fused_update = dedup, exchange_precision, fused_update
+        self.merge, self.encode_ids = merge, encode_ids
+        self.lr_factor = 1.0
+        self.next_step = 0
+        self.time = 0
+        self.statistics = ExchangeStatistics()
+        self._open: list[DynamicLookup] = []
+        self._queue: list[DynamicLookup] = []
+        self._stepped = False
+
+        grouped: dict[Any, list[DynamicTableConfig]] = {}
+        for config in sorted(configs, key=lambda c: c.name):
+            own = _with_rate(config.optimizer or optimizer, optimizer.lr)
+            storage = (config.precision, config.hot_count, config.placement, config.cache_rows)
+            key = (config.embedding_dim, own, storage) if merge else config.name
+            grouped.setdefault(key, []).append(config)
+        self.tables = [
+            DynamicTable(
+                configs=members,
+                optimizer=_with_rate(members[0].optimizer or optimizer, optimizer.lr),
+                seed=seed,
+                virtual_shards=virtual_shards,
+                device=self.device,
+                encode_ids=encode_ids,
+            )
+            for members in grouped.values()
+        ]
+        self._pending: list[list[tuple[Tensor, Tensor, Tensor | None]]] = [[] for _ in self.tables]
+        # Logical tables in the order of physical ones.
+        self.logical = [(p, local) for p, table in enumerate(self.tables) for local in range(len(table.configs))]
+        self.configs = [self.tables[p].configs[local] for p, local in self.logical]
+        self.placement = Placement(
+            salts=tuple(self.tables[p].salts[local] for p, local in self.logical),
+            group_bits=tuple(self.tables[p].group_bits[local] for p, local in self.logical),
+            rotations=tuple(self.tables[p].salts[local] & 0x7FFFFFFF for p, local in self.logical),
+            dims=tuple(config.embedding_dim for config in self.configs),
+            physical=tuple(p for p, _ in self.logical),
+            world_size=self.world_size,
+        )
+        shared = [f for config in self.configs for f in config.feature_names]
+        self.lookups = [
+            (t, feature, f"{feature}@{config.name}" if shared.count(feature) > 1 else feature)
+            for t, config in enumerate(self.configs)
+            for feature in config.feature_names
+        ]
+
+    # ---- forward -----------------------------------------------------------------------------------------------
+
+    def observe_time(self, seconds: int) -> None:
+        """Tells the data's clock; it never goes back, and of all processes' clocks the latest counts."""
+        self.time = max(self.time, seconds)
+
+    def begin(self, features: Any, *, training: bool) -> DynamicLookup:
+        """Starts a lookup: distinct keys and the exchange of their numbers. Changes no table, so it may run ahead.
+
+        Raises:
+            ValueError: a feature is missing.
+        """
+        keys, sizes = list(features.keys()), features.length_per_key()
+        if missing := [feature for _, feature, _ in self.lookups if feature not in keys]:
+            raise ValueError(f"feature {missing[0]}: not in the batch, which has {', '.join(keys)}")
+        values = dict(zip(keys, features.values().split(sizes), strict=True))
+        parts = [values[feature] for _, feature, _ in self.lookups]
+        offsets_T1, ends = [0], [0]
+        for part in parts:
+            ends.append(ends[-1] + len(part))
+        for t in range(len(self.configs)):
+            offsets_T1.append(ends[1 + max(i for i, (table, _, _) in enumerate(self.lookups) if table == t)])
+        ids_N = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(torch.int64)
+        exchange = LookupExchange(
+            self.placement,
+            self.group,
+            ids_N,
+            offsets_T1,
+            time=self.time,
+            dedup=self.dedup,
+            precision=self.exchange_precision,
+        )
+        return DynamicLookup(features, training, exchange, [len(part) for part in parts])
+
+    def find(self, lookup: DynamicLookup) -> None:
+        """At the owners: finds or inserts the keys that arrived, and sends their rows back."""
+        keys = lookup.exchange.received_keys()
+        self.time = max(self.time, lookup.exchange.time)
+        values, bounds = [], self.placement.bounds
+        for p, table in enumerate(self.tables):
+            offsets = keys.offsets_T1[bounds[p] : bounds[p + 1] + 1]
+            own = slice(offsets[0], offsets[-1])
+            found = table.lookup(
+                keys.ids_U[own],
+                [x - offsets[0] for x in offsets],
+                keys.counts_U[own],
+                step=self.next_step,
+                time=self.time,
+                training=lookup.training,
+                distinct=lookup.exchange.distinct,
+            )
+            lookup.owned.append(found.rows_U)
+            values.append(found.values_UD)
+            if lookup.training and table.storage.precision != "fp32":
+                lookup.seeds.append(self._seeds(table, keys.ids_U[own], [x - offsets[0] for x in offsets]))
+            else:
+                lookup.seeds.append(found.rows_U)
+        lookup.exchange.send_rows(values)
+        if lookup.training:
+            lookup.exchange.statistics(self.statistics)
+
+    @staticmethod
+    def _seeds(table: DynamicTable, ids_U: Tensor, offsets_T1: list[int]) -> Tensor:
+        parts = [key_hash(ids_U[a:b], salt) for a, b, salt in zip(offsets_T1, offsets_T1[1:], table.salts, strict=False)]
+        return torch.cat(parts)
+
+    def received(self, lookup: DynamicLookup) -> list[Tensor]:
+        """The rows of each physical table that came back, as leaves whose gradients the engine collects."""
+        lookup.rows = lookup.exchange.rows()
+        if lookup.training and torch.is_grad_enabled():
+            self._open.append(lookup)
+            for rows in lookup.rows:
+                rows.requires_grad_()
+                rows.register_post_accumulate_grad_hook(lambda _, lookup=lookup: self._on_gradient(lookup))  # type: ignore[misc]
+        return lookup.rows
+
+    # ---- prefetch ----------------------------------------------------------------------------------------------
+
+    def prefetch(self, features: Any) -> None:
+        """Starts the lookup of a later training batch; forward takes it up, in the same order, by the same object."""
+        self._queue.append(self.begin(features, training=True))
+
+    def take(self, features: Any, *, training: bool) -> DynamicLookup:
+        """The prefetched lookup of these features, or a new one.
+
+        Raises:
+            RuntimeError: other features were prefetched before these.
+        """
+        if not training or not self._queue:
+            return self.begin(features, training=training)
+        if self._queue[0].features is not features:
+            raise RuntimeError("dynamic tables: forward got other features than those prefetched; keep the order")
+        return self._queue.pop(0)
+
+    # ---- gradients ---------------------------------------------------------------------------------------------
+
+    def _on_gradient(self, lookup: DynamicLookup) -> None:
+        lookup.ready += 1
+        # Autograd's order differs from rank to rank; that of forwards does not.
+        if all(x.ready == len(self.tables) for x in self._open):
+            for x in self._open:
+                self._send_gradients(x)
+            if self.fused_update:
+                self.step()
+                self._stepped = True
+
+    def stepped_in_backward(self) -> bool:
+        """Whether backward has updated the rows already; asked once a step."""
+        stepped, self._stepped = self._stepped, False
+        return stepped
+
+    def _send_gradients(self, lookup: DynamicLookup) -> None:
+        if lookup.sent:
+            return
+        lookup.sent = True
+        grads = [torch.zeros_like(rows) if rows.grad is None else rows.grad for rows in lookup.rows]
+        lookup.exchange.send_gradients([g.detach() for g in grads])
+        for rows in lookup.rows:
+            rows.grad = None
+
+    @torch.no_grad()
+    def flush(self) -> None:
+        """Brings the gradients of all finished forwards to their rows; every process calls it at the same point."""
+        for lookup in self._open:
+            self._send_gradients(lookup)
+        for lookup in self._open:
+            for p, grads in enumerate(lookup.exchange.gradients()):
+                rows = lookup.owned[p]
+                seeds = lookup.seeds[p] if self.tables[p].storage.precision != "fp32" else None
+                self._pending[p].append((rows, grads / self.world_size if self.world_size > 1 else grads, seeds))
+        self._open.clear()
+
+    def _merged(self, p: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Distinct rows of a physical table with the sum of their gradients since the last step."""
+        pending = self._pending[p]
+        if not pending:
+            none = torch.zeros(0, dtype=torch.int64, device=self.device)
+            return none, torch.zeros(0, self.tables[p].dim, device=self.device), None
+        rows, grads = torch.cat([x[0] for x in pending]), torch.cat([x[1] for x in pending])
+        seeds = None if pending[0][2] is None else torch.cat([x[2] for x in pending if x[2] is not None])
+        if bool((rows < 0).any()):
+            has = rows >= 0
+            rows, grads, seeds = rows[has], grads[has], None if seeds is None else seeds[has]
+        unique = unique_keys(rows, [0, len(rows)])
+        if len(unique.ids_U) < len(rows):
+            grads = sum_rows(grads, unique.inverse_N, len(unique.ids_U))
+            if seeds is not None:
+                seeds = torch.zeros_like(unique.ids_U).index_copy_(0, unique.inverse_N.flip(0), seeds.flip(0))
+            rows = unique.ids_U
+        self._pending[p] = [(rows, grads, seeds)]
+        return rows, grads, seeds
+
+    # ---- the step ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def squared_norm(self) -> Tensor:
+        """Sum of squares of all pending gradients of this process's rows, float64; sum it over processes."""
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for p in range(len(self.tables)):
+            total += self._merged(p)[1].double().pow(2).sum()
+        return total
+
+    @torch.no_grad()
+    def scale_gradients(self, factor: float | Tensor) -> None:
+        """Multiplies all pending gradients."""
+        for p in range(len(self.tables)):
+            rows, grads, seeds = self._merged(p)
+            self._pending[p] = [(rows, grads * factor, seeds)]
+
+    @torch.no_grad()
+    def clamp_gradients(self, limit: float) -> None:
+        """Cuts every element of all pending gradients to [-limit, limit]."""
+        for p in range(len(self.tables)):
+            rows, grads, seeds = self._merged(p)
+            self._pending[p] = [(rows, grads.clamp(-limit, limit), seeds)]
+
+    @torch.no_grad()
+    def gradients_are_finite(self) -> bool:
+        """Whether no pending gradient of this process's rows is infinite or not a number."""
+        return all(bool(self._merged(p)[1].isfinite().all()) for p in range(len(self.tables)))
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Updates all rows that have gradients, at `lr_factor` times each table's learning rate, and ends the step."""
+        self.flush()
+        for p, table in enumerate(self.tables):
+            rows, grads, seeds = self._merged(p)
+            if len(rows):
+                assert table.optimizer.lr is not None
+                table.update(rows, grads, lr=table.optimizer.lr * self.lr_factor, step=self.next_step, seeds_U=seeds)
+        self.end_step()
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """Ends a step without an update of rows, or after it; pending gradients are dropped."""
+        for p, table in enumerate(self.tables):
+            self._pending[p] = []
+            table.commit_step(self.next_step, self.time)
+        self.next_step += 1
+
+    def drop_gradients(self) -> None:
+        """Forgets all pending gradients; every process does so at the same point."""
+        self.flush()
+        self._pending = [[] for _ in self.tables]
+
+    # ---- by hand -----------------------------------------------------------------------------------------------
+
+    def table_number(self, name: str) -> int:
+        """Place of a logical table.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
+        names = [config.name for config in self.configs]
+        if name not in names:
+            raise ValueError(f"table {name}: there is none; choose from {', '.join(names)}")
+        return names.index(name)
+
+    def owned(self, table: int, ids_N: Tensor) -> Tensor:
+        """Which ids this process holds the rows of, or would; bool (N,)."""
+        groups_N = top_bits(key_hash(ids_N, self.placement.salts[table]), self.placement.group_bits[table])
+        return self.placement.owners(table, groups_N) == self.rank
+
+    def owned_shards(self, table: int) -> Tensor:
+        """Which virtual shards of a table this process holds; bool."""
+        bits = self.virtual_shards.bit_length() - 1
+        groups = torch.arange(self.virtual_shards) >> (bits - self.placement.group_bits[table])
+        return self.placement.owners(table, groups) == self.rank
+
+    def _idle(self, what: str) -> None:
+        if self._open or any(self._pending):
+            raise RuntimeError(f"dynamic tables: {what} between a forward and the optimiser's step; do it after the step")
+
+    def delete(self, ids_N: Tensor, name: str) -> int:
+        """Drops keys on the processes that hold them; every process calls it with the same ids.
+
+        Returns:
+            How many this process had.
+        """
+        self._idle("delete")
+        t = self.table_number(name)
+        p, local = self.logical[t]
+        ids_N = ids_N.to(self.device, torch.int64)
+        return self.tables[p].delete(ids_N[self.owned(t, ids_N)], local)
+
+    def upsert(self, ids_N: Tensor, values_ND: Tensor, name: str) -> int:
+        """Writes rows, of new keys too; every process calls it with the same ids.
+
+        Returns:
+            How many keys found no room in the budget on this process.
+
+        Raises:
+            ValueError: the values are not of the table's width.
+        """
+        self._idle("upsert")
+        t = self.table_number(name)
+        p, local = self.logical[t]
+        if values_ND.shape != (len(ids_N), self.tables[p].dim):
+            raise ValueError(
+                f"table {name}: expected values of shape {(len(ids_N), self.tables[p].dim)}, got "
+                f"{tuple(values_ND.shape)}"
+            )
+        ids_N, values_ND = ids_N.to(self.device, torch.int64), values_ND.to(self.device)
+        own_N = self.owned(t, ids_N)
+        return self.tables[p].upsert(ids_N[own_N], values_ND[own_N], local, step=self.next_step, time=self.time)
+
+    def set_scores(self, ids_N: Tensor, scores_N: Tensor, name: str) -> None:
+        """Scores for eviction; every process calls it with the same ids."""
+        t = self.table_number(name)
+        p, local = self.logical[t]
+        ids_N = ids_N.to(self.device, torch.int64)
+        own_N = self.owned(t, ids_N)
+        self.tables[p].set_scores(ids_N[own_N], scores_N.to(self.device)[own_N], local)
+
+    def collision_rate(self, name: str) -> float:
+        """Share of a table's keys that the step before had looked up too, on this process (TurboGR's alpha)."""
+        p, local = self.logical[self.table_number(name)]
+        statistics = self.tables[p].statistics[local]
+        return statistics.collided / statistics.looked_up if statistics.looked_up else math.nan
+
+
+def _with_rate(own: SparseOptimizerConfig, lr: float | None) -> SparseOptimizerConfig:
+    """An optimiser that has a learning rate."""
+    return own if own.lr is not None else replace(own, lr=_DEFAULT_LR if lr is None else lr)

@@ -1,0 +1,170 @@
+"""DynamicTraining: what a strategy does for the dynamic tables of a module in a training step and a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor, nn
+
+from lightning_gr.batch import SequenceBatch
+from lightning_gr.plugins.checkpoint_directory import DYNAMIC_FOLDER
+
+if TYPE_CHECKING:
+    import lightning.pytorch as pl
+
+    from lightning_gr.embeddings.dynamic.engine import DynamicEngine
+
+
+class DynamicTraining:
+    """The dynamic tables of one module, stepped together with its dense optimiser.
+
+    Their gradients stay apart until the dense ones are complete, so that accumulation, one norm over everything and
+    loss scaling are those of one process with one large batch.
+
+    Args:
+        module: with sharded dynamic collections, or none.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        from lightning_gr.plugins.dynamic_sharding import sharded_dynamic_collections
+
+        self.engines: dict[str, DynamicEngine] = {
+            path: collection.engine for path, collection in sharded_dynamic_collections(module).items()
+        }
+        self._wants_time = any(
+            config.policy.ttl_seconds is not None for engine in self.engines.values() for config in engine.configs
+        )
+
+    def check(self, trainer: pl.Trainer) -> None:
+        """Refuses settings under which updating rows in backward would not be exact.
+
+        Raises:
+            MisconfigurationException: names the setting.
+        """
+        for path, engine in self.engines.items():
+            if not engine.fused_update:
+                continue
+            for name, value in (
+                ("accumulate_grad_batches", trainer.accumulate_grad_batches > 1 and trainer.accumulate_grad_batches),
+                ("gradient_clip_val", trainer.gradient_clip_val),
+                ("precision", trainer.precision == "16-mixed" and trainer.precision),
+            ):
+                if value:
+                    raise MisconfigurationException(
+                        f"{name}={value}: {path} updates its rows in backward, before it could apply; set "
+                        "dynamic_tables.update to step"
+                    )
+
+    # ---- a step ------------------------------------------------------------------------------------------------
+
+    def begin_step(self, inputs: Iterable[Any], *, lr_factor: float) -> None:
+        """Tells tables the schedule's share of their learning rate, and the time of a batch where they need it."""
+        for engine in self.engines.values():
+            engine.lr_factor = lr_factor
+        for batch in inputs:
+            if isinstance(batch, SequenceBatch) and batch.timestamps_T is not None and len(batch.timestamps_T):
+                # On a GPU reading the time back waits for it.
+                if self._wants_time or batch.timestamps_T.device.type == "cpu":
+                    latest = int(batch.timestamps_T.max())
+                    for engine in self.engines.values():
+                        engine.observe_time(latest)
+
+    def flush(self, dense_parameters: list[Tensor], scaler: torch.amp.GradScaler | None) -> bool:
+        """Completes the sparse gradients after backward; with a scaler, unscales them.
+
+        Args:
+            dense_parameters: of the optimiser that is about to step.
+            scaler: of `16-mixed`.
+
+        Returns:
+            Whether some gradient, dense or sparse, of any rank is not finite, so that the step must be left out. A
+            dense gradient is then infinite on every rank, by which the scaler leaves out its step too.
+        """
+        for engine in self.engines.values():
+            engine.flush()
+        if scaler is None or not self.engines:
+            return False
+        grads = [p.grad for p in dense_parameters if p.grad is not None]
+        finite = all(bool(grad.isfinite().all()) for grad in grads)
+        finite = finite and all(engine.gradients_are_finite() for engine in self.engines.values())
+        device = next(iter(self.engines.values())).device
+        infinite = torch.tensor(float(not finite), device=device)
+        dist.all_reduce(infinite, op=dist.ReduceOp.MAX)
+        if bool(infinite):
+            if grads:
+                grads[0].view(-1)[:1].fill_(torch.inf)
+            return True
+        for engine in self.engines.values():
+            engine.scale_gradients(1.0 / scaler.get_scale())
+        return False
+
+    def clip_by_norm(self, dense_parameters: Iterable[Tensor], limit: float) -> Tensor:
+        """Scales dense and sparse gradients so that their one norm is at most `limit`; returns the norm before."""
+        grads = [p.grad for p in dense_parameters if p.grad is not None]
+        device = next(iter(self.engines.values())).device
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for engine in self.engines.values():
+            total += engine.squared_norm()
+        dist.all_reduce(total)
+        for norm in torch._foreach_norm(grads) if grads else []:
+            total += norm.double() ** 2
+        norm = total.sqrt()
+        factor = (limit / (norm + 1e-6)).clamp(max=1.0).float()
+        if grads:
+            torch._foreach_mul_(grads, factor)
+        for engine in self.engines.values():
+            engine.scale_gradients(factor)
+        return norm
+
+    def clip_by_value(self, limit: float) -> None:
+        """Cuts every element of the sparse gradients to [-limit, limit]."""
+        for engine in self.engines.values():
+            engine.clamp_gradients(limit)
+
+    def step(self, *, leave_out: bool) -> None:
+        """Updates rows after the dense optimiser's step, or ends the step without."""
+        for engine in self.engines.values():
+            if leave_out:
+                engine.end_step()
+            elif not engine.stepped_in_backward():
+                engine.step()
+
+    # ---- checkpoints -------------------------------------------------------------------------------------------
+
+    def save(self, checkpoint: Path) -> None:
+        """Writes every rank's rows into a checkpoint directory; a collective call before its commit mark is written."""
+        from lightning_gr.embeddings.dynamic.table_files import save_tables
+
+        for path, engine in self.engines.items():
+            save_tables(checkpoint / DYNAMIC_FOLDER / path, engine)
+
+    def load(self, checkpoint: Path) -> None:
+        """Reads the rows of this rank's virtual shards, whatever number of ranks wrote them.
+
+        Raises:
+            ValueError: the checkpoint does not fit.
+        """
+        from lightning_gr.embeddings.dynamic.table_files import load_tables
+
+        for path, engine in self.engines.items():
+            load_tables(checkpoint / DYNAMIC_FOLDER / path, engine)
+
+
+def clipping_with(dynamic: DynamicTraining, precision_plugin: Any) -> None:
+    """Makes Lightning's clipping reach the sparse gradients, so that `gradient_clip_val` is the one knob."""
+    by_value: Callable[..., None] = type(precision_plugin).clip_grad_by_value
+
+    def clip_grad_by_norm(optimizer: Any, clip_val: float) -> None:
+        dynamic.clip_by_norm(precision_plugin.main_params(optimizer), float(clip_val))
+
+    def clip_grad_by_value(optimizer: Any, clip_val: float) -> None:
+        by_value(precision_plugin, optimizer, clip_val)
+        dynamic.clip_by_value(float(clip_val))
+
+    precision_plugin.clip_grad_by_norm = clip_grad_by_norm
+    precision_plugin.clip_grad_by_value = clip_grad_by_value
