@@ -40,7 +40,7 @@ _ROWS_OF_STAND_INS = 1024
 """A planner skips modules without parameters; this is what it believes a growing table to hold."""
 
 
-class _LookupContext(Multistreamable):
+class _LookupContext(Multistreamable):  # type: ignore[misc]  # TorchRec is untyped here
     """The lookup of one forward, as TorchRec's pipelines carry it from stage to stage."""
 
     def __init__(self) -> None:
@@ -51,7 +51,7 @@ class _LookupContext(Multistreamable):
         """Nothing: the exchange waits for its own work."""
 
 
-class _KeysSent(Awaitable[Any]):
+class _KeysSent(Awaitable[Any]):  # type: ignore[misc]
     """Waits for the sizes and starts the exchange of keys."""
 
     def __init__(self, context: _LookupContext) -> None:
@@ -65,7 +65,7 @@ class _KeysSent(Awaitable[Any]):
         return _Ready(self._context)
 
 
-class _Ready(Awaitable[_LookupContext]):
+class _Ready(Awaitable[_LookupContext]):  # type: ignore[misc]
     """The keys are on their way; the owner waits for them in `compute`."""
 
     def __init__(self, context: _LookupContext) -> None:
@@ -77,7 +77,7 @@ class _Ready(Awaitable[_LookupContext]):
         return self._context
 
 
-class _Output(LazyAwaitable[Any]):
+class _Output(LazyAwaitable[Any]):  # type: ignore[misc]
     """A collection's output, made when it is first used."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
@@ -98,7 +98,7 @@ class _Output(LazyAwaitable[Any]):
         return key in LazyAwaitable._wait_async(self)
 
 
-class ShardedDynamicCollection(ShardedModule[_LookupContext, _LookupContext, Any, _LookupContext]):
+class ShardedDynamicCollection(ShardedModule[_LookupContext, _LookupContext, Any, _LookupContext]):  # type: ignore[misc]
     """A dynamic collection whose rows are spread over the processes of a group of its own.
 
     Args:
@@ -136,7 +136,7 @@ class ShardedDynamicCollection(ShardedModule[_LookupContext, _LookupContext, Any
     @override
     def input_dist(self, ctx: _LookupContext, features: Any) -> Any:
         ctx.lookup = self.engine.take(features, training=is_training(self))
-        return KJTListSplitsAwaitable([_KeysSent(ctx)], ctx)  # type: ignore[list-item, arg-type]
+        return KJTListSplitsAwaitable([_KeysSent(ctx)], ctx)
 
     @override
     def compute(self, ctx: _LookupContext, dist_input: Any) -> _LookupContext:
@@ -157,7 +157,7 @@ class ShardedDynamicCollection(ShardedModule[_LookupContext, _LookupContext, Any
         return self._kind
 
 
-class _Sharder(ModuleSharder[nn.Module]):
+class _Sharder(ModuleSharder[nn.Module]):  # type: ignore[misc]
     """Makes sharded dynamic collections.
 
     Args:

@@ -67,12 +67,13 @@ class DynamicTraining:
         for engine in self.engines.values():
             engine.lr_factor = lr_factor
         for batch in inputs:
-            if isinstance(batch, SequenceBatch) and batch.timestamps_T is not None and len(batch.timestamps_T):
-                # On a GPU reading the time back waits for it.
-                if self._wants_time or batch.timestamps_T.device.type == "cpu":
-                    latest = int(batch.timestamps_T.max())
-                    for engine in self.engines.values():
-                        engine.observe_time(latest)
+            times_T = batch.timestamps_T if isinstance(batch, SequenceBatch) else None
+            if times_T is None or not len(times_T):
+                continue
+            # On a GPU reading the time back waits for it.
+            if self._wants_time or times_T.device.type == "cpu":
+                for engine in self.engines.values():
+                    engine.observe_time(int(times_T.max()))
 
     def flush(self, dense_parameters: list[Tensor], scaler: torch.amp.GradScaler | None) -> bool:
         """Completes the sparse gradients after backward; with a scaler, unscales them.

@@ -171,7 +171,7 @@ class SequenceBalancedStrategy(DDPStrategy):
         self._check_precision(self.lightning_module)
         self._dmp = self._wrap(self.lightning_module)
         self.model = self._dmp
-        self._dynamic = DynamicTraining(self._dmp)
+        self._dynamic = DynamicTraining(self.lightning_module)
         if trainer.state.fn == TrainerFn.FITTING:
             self._warn_of_settings_that_tables_ignore(trainer)
             self._dynamic.check(trainer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -82,16 +82,13 @@ def is_training(module: nn.Module) -> bool:
     return module.training and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
-def _of_each_lookup(engine: DynamicEngine, lookup: DynamicLookup) -> list[tuple[str, str, int, Tensor]]:
-    """Feature, output name, physical table, and places of its ids' rows, in the engine's order."""
-    physical = [engine.logical[t][0] for t, _, _ in engine.lookups]
-    sizes: list[list[int]] = [[] for _ in engine.tables]
-    for p, size in zip(physical, lookup.sizes, strict=True):
-        sizes[p].append(size)
-    places = [iter(x.split(s)) for x, s in zip(lookup.exchange.places, sizes, strict=True)]
-    return [
-        (feature, name, p, next(places[p])) for (_, feature, name), p in zip(engine.lookups, physical, strict=True)
-    ]
+def _by_lookup(engine: DynamicEngine, lookup: DynamicLookup, of_physical: Sequence[Tensor]) -> list[Tensor]:
+    """The piece of each looked-up feature, in the engine's order, which is that of physical tables."""
+    pieces: list[Tensor] = []
+    for p, whole in enumerate(of_physical):
+        own = zip(engine.lookups, lookup.sizes, strict=True)
+        pieces += whole.split([size for (t, _, _), size in own if engine.logical[t][0] == p])
+    return pieces
 
 
 def jagged_output(engine: DynamicEngine, lookup: DynamicLookup) -> dict[str, JaggedTensor]:
@@ -100,15 +97,9 @@ def jagged_output(engine: DynamicEngine, lookup: DynamicLookup) -> dict[str, Jag
 
     rows = engine.received(lookup)
     expanded = [gather_rows(r, places) for r, places in zip(rows, lookup.exchange.places, strict=True)]
-    sizes: list[list[int]] = [[] for _ in engine.tables]
-    for (t, _, _), size in zip(engine.lookups, lookup.sizes, strict=True):
-        sizes[engine.logical[t][0]].append(size)
-    parts = [iter(x.split(s)) for x, s in zip(expanded, sizes, strict=True)]
     lengths = _lengths(lookup.features)
-    return {
-        name: JaggedTensor(values=next(parts[engine.logical[t][0]]), lengths=lengths[feature])
-        for t, feature, name in engine.lookups
-    }
+    pieces = zip(engine.lookups, _by_lookup(engine, lookup, expanded), strict=True)
+    return {name: JaggedTensor(values=values, lengths=lengths[feature]) for (_, feature, name), values in pieces}
 
 
 def pooled_output(engine: DynamicEngine, lookup: DynamicLookup) -> KeyedTensor:
@@ -116,25 +107,25 @@ def pooled_output(engine: DynamicEngine, lookup: DynamicLookup) -> KeyedTensor:
     from torchrec import KeyedTensor
 
     rows = engine.received(lookup)
-    lengths = _lengths(lookup.features)
-    weights = _weights(lookup.features)
-    by_name = {}
-    for (t, _, _), (feature, name, p, places) in zip(engine.lookups, _of_each_lookup(engine, lookup), strict=True):
+    lengths, weights = _lengths(lookup.features), _weights(lookup.features)
+    pooled = {}
+    for (t, feature, name), places in zip(
+        engine.lookups, _by_lookup(engine, lookup, lookup.exchange.places), strict=True
+    ):
         offsets_B1 = torch.nn.functional.pad(lengths[feature].to(torch.int64).cumsum(0), (1, 0))
-        pooling = engine.configs[t].pooling
-        by_name[name] = segment_pool(rows[p], places, offsets_B1, pooling, weights.get(feature))
-    dims = [x.shape[1] for x in by_name.values()]
-    return KeyedTensor(keys=list(by_name), length_per_key=dims, values=torch.cat(list(by_name.values()), 1))
+        of_table = rows[engine.logical[t][0]]
+        pooled[name] = segment_pool(of_table, places, offsets_B1, engine.configs[t].pooling, weights.get(feature))
+    widths = [x.shape[1] for x in pooled.values()]
+    return KeyedTensor(keys=list(pooled), length_per_key=widths, values=torch.cat(list(pooled.values()), 1))
 
 
-def _lengths(features: Any) -> dict[str, Tensor]:
+def _lengths(features: KeyedJaggedTensor) -> dict[str, Tensor]:
     """Lengths (B,) by feature; TorchRec's own accessor refuses an empty batch."""
     keys = features.keys()
-    return dict(zip(keys, features.lengths().view(len(keys), -1) if features.stride() else [features.lengths()] * len(keys), strict=True))
+    return dict(zip(keys, features.lengths().view(len(keys), features.stride()), strict=True))
 
 
-def _weights(features: Any) -> dict[str, Tensor]:
+def _weights(features: KeyedJaggedTensor) -> dict[str, Tensor]:
+    """Weights of ids by feature, where there are any."""
     weights = features.weights_or_none()
-    if weights is None:
-        return {}
-    return dict(zip(features.keys(), weights.split(features.length_per_key()), strict=True))
+    return {} if weights is None else dict(zip(features.keys(), weights.split(features.length_per_key()), strict=True))

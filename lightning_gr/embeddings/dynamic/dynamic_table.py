@@ -93,7 +93,7 @@ class DynamicTable:
         self.dim = first.embedding_dim
         self.shard_bits = virtual_shards.bit_length() - 1
         self._encodes = encode_ids
-        self._bucket_table = {}
+        self._bucket_table: dict[int, int] = {}
         for table, config in enumerate(configs):
             if config.policy.on_missing == "bucket":
                 self._bucket_table[table] = len(configs) + len(self._bucket_table)
@@ -442,9 +442,7 @@ class DynamicTable:
         place_N[order] = _place_in_group(groups_N[order])
         return place_N < free_G.to(self.device)[groups_N], gone_ids
 
-    def _victims(
-        self, table: int, over_G: Tensor, wanted_G: Tensor, hit_rows: Tensor, step: int, time: int
-    ) -> Tensor:
+    def _victims(self, table: int, over_G: Tensor, wanted_G: Tensor, hit_rows: Tensor, step: int, time: int) -> Tensor:
         """Ids of the keys that each group over its budget loses: expired ones, then the least by its policy."""
         ids_N, rows_N = self._entries(table, over_G)
         metadata = self.storage.read_metadata(rows_N)
@@ -710,7 +708,7 @@ def _place_in_group(groups_N: Tensor) -> Tensor:
 def _last_of_each(ids_N: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """Distinct ids with the value that was given last."""
     ids_U, inverse_N = ids_N.unique(return_inverse=True)
-    last_U = torch.zeros_like(ids_U).scatter_reduce_(0, inverse_N, torch.arange(len(ids_N), device=ids_N.device), "amax")
+    last_U = torch.zeros_like(ids_U).scatter_reduce_(
+        0, inverse_N, torch.arange(len(ids_N), device=ids_N.device), "amax"
+    )
     return ids_U, values.to(ids_N.device)[last_U]
-
-

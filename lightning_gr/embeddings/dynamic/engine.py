@@ -221,7 +221,9 @@ class DynamicEngine:
 
     @staticmethod
     def _seeds(table: DynamicTable, ids_U: Tensor, offsets_T1: list[int]) -> Tensor:
-        parts = [key_hash(ids_U[a:b], salt) for a, b, salt in zip(offsets_T1, offsets_T1[1:], table.salts, strict=False)]
+        parts = [
+            key_hash(ids_U[a:b], salt) for a, b, salt in zip(offsets_T1, offsets_T1[1:], table.salts, strict=False)
+        ]
         return torch.cat(parts)
 
     def received(self, lookup: DynamicLookup) -> list[Tensor]:
@@ -231,7 +233,7 @@ class DynamicEngine:
             self._open.append(lookup)
             for rows in lookup.rows:
                 rows.requires_grad_()
-                rows.register_post_accumulate_grad_hook(lambda _, lookup=lookup: self._on_gradient(lookup))  # type: ignore[misc]
+                rows.register_post_accumulate_grad_hook(lambda _, lookup=lookup: self._on_gradient(lookup))
         return lookup.rows
 
     # ---- prefetch ----------------------------------------------------------------------------------------------
@@ -389,7 +391,9 @@ class DynamicEngine:
 
     def _idle(self, what: str) -> None:
         if self._open or any(self._pending):
-            raise RuntimeError(f"dynamic tables: {what} between a forward and the optimiser's step; do it after the step")
+            raise RuntimeError(
+                f"dynamic tables: {what} between a forward and the optimiser's step; do it after the step"
+            )
 
     def delete(self, ids_N: Tensor, name: str) -> int:
         """Drops keys on the processes that hold them; every process calls it with the same ids.

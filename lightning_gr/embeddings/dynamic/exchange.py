@@ -167,7 +167,9 @@ class LookupExchange:
         assert self._work is not None
         self._work.wait()
         blocks = self._keys_R2.split([n for row in self._received_WT for n in row])
-        by_table = [blocks[w * self._num_tables + t] for t in range(self._num_tables) for w in range(len(self._sent_WT))]
+        by_table = [
+            blocks[w * self._num_tables + t] for t in range(self._num_tables) for w in range(len(self._sent_WT))
+        ]
         keys_R2 = torch.cat(by_table)
         sizes = [sum(row[t] for row in self._received_WT) for t in range(self._num_tables)]
         ids_R, counts_R = keys_R2[:, 0].contiguous(), keys_R2[:, 1].contiguous()
@@ -180,7 +182,9 @@ class LookupExchange:
     def send_rows(self, rows_KD: Sequence[Tensor]) -> None:
         """Starts sending rows back, of each physical table those of its distinct keys."""
         if self._group is None:
-            self._rows = [rows.to(self._dtype).to(rows.dtype) if self._dtype != torch.float32 else rows for rows in rows_KD]
+            self._rows = [
+                rows.to(self._dtype).to(rows.dtype) if self._dtype != torch.float32 else rows for rows in rows_KD
+            ]
             return
         by_physical = [rows[inverse] for rows, inverse in zip(rows_KD, self._inverses(), strict=True)]
         outgoing = self._to_sources(by_physical)

@@ -96,7 +96,7 @@ class TablePolicy:
         max_bytes: the same in bytes: embedding, optimiser state, counters and the row's share of the key index.
         ttl_steps: a row that was not used for more steps than this is gone.
         ttl_seconds: the same in seconds of the data's own timestamps.
-        on_missing: what is returned for a key that has no row and gets none. `initial`: its own first values, untrained;
+        on_missing: what a key gets that has no row of its own. `initial`: its own first values, untrained;
             `default_row`: every element is `default_value`; `bucket`: a trained row that it shares with other such
             keys; `error`: a `KeyError`.
         default_value: of `default_row`.

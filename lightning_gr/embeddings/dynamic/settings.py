@@ -34,7 +34,7 @@ class DynamicTables:
         merge: whether tables of equal width, optimiser and storage share one physical table.
         id_encoding: `pair` keys rows by (id, table) and takes any int64; `bits` packs the table's number into the high
             bits of the id (MTGenRec, arXiv 2505.12663, equation 8), for ids known to fit.
-        dedup: `two_stage` makes keys distinct before they travel and where they arrive; or only one of these, or `none`.
+        dedup: `two_stage` makes keys distinct before they travel and where they arrive; or one of these, or `none`.
         exchange_precision: of rows and gradients while they travel.
         update: `step` updates rows where the dense optimiser steps; `backward` as soon as backward has reached them,
             which accumulation, clipping by norm and loss scaling do not allow.
