@@ -9,6 +9,8 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_gr.plugins.static_dedup import register_static_dedup
+
 if TYPE_CHECKING:
     from lightning_gr.embeddings.dynamic import SparseOptimizerConfig
 
@@ -55,6 +57,7 @@ def make_plan(
     num_local: int,
     dynamic_optimizer: SparseOptimizerConfig,
     seed: int,
+    dedup: bool = True,
 ) -> tuple[Any, list[Any]]:
     """The sharding plan of all collections, static and dynamic, and the sharders; a collective call.
 
@@ -66,6 +69,7 @@ def make_plan(
         num_local: processes on this node.
         dynamic_optimizer: of dynamic tables without their own.
         seed: of the run, equal on all ranks.
+        dedup: whether ids of ``EmbeddingCollection`` tables are made distinct before they travel.
 
     Returns:
         ``(ShardingPlan, sharders)``.
@@ -84,8 +88,10 @@ def make_plan(
 
     from lightning_gr.plugins.dynamic_sharding import dynamic_collections, dynamic_sharders
 
+    if dedup:
+        register_static_dedup()
     sharders: list[Any] = [
-        EmbeddingCollectionSharder(),
+        EmbeddingCollectionSharder(use_index_dedup=dedup),
         EmbeddingBagCollectionSharder(),
         *dynamic_sharders(optimizer=dynamic_optimizer, seed=seed),
     ]

@@ -61,6 +61,8 @@ class SequenceBalancedStrategy(DDPStrategy):
         sparse_optimizer: optimiser of the tables that have none attached by the module.
         sparse_lr: its learning rate. It follows the schedule of the first dense parameter group: the rate of a step
             is ``sparse_lr * lr / initial_lr`` of that group, set before the step's forward.
+        static_dedup: makes the ids of static ``EmbeddingCollection`` tables distinct before they travel. Dynamic tables
+            have settings of their own.
         find_unused_parameters: lets DDP look for dense parameters that a step did not use; costs time.
         bucket_cap_mb: size of DDP's gradient buckets in MiB.
         process_group_backend: ``gloo`` or ``nccl``; None means the device's usual one.
@@ -85,6 +87,7 @@ class SequenceBalancedStrategy(DDPStrategy):
         sharding: Sharding = "row_wise",
         sparse_optimizer: SparseOptimizer = "rowwise_adagrad",
         sparse_lr: float = 0.05,
+        static_dedup: bool = True,
         find_unused_parameters: bool = False,
         bucket_cap_mb: int = 25,
         process_group_backend: Literal["gloo", "nccl"] | None = None,
@@ -115,6 +118,7 @@ class SequenceBalancedStrategy(DDPStrategy):
         self.sharding = sharding
         self.sparse_optimizer = sparse_optimizer
         self.sparse_lr = sparse_lr
+        self.static_dedup = static_dedup
         self.find_unused_parameters = find_unused_parameters
         self.bucket_cap_mb = bucket_cap_mb
         self._dmp: DistributedModelParallel | None = None
@@ -224,6 +228,7 @@ class SequenceBalancedStrategy(DDPStrategy):
             num_local=self.num_processes,
             dynamic_optimizer=sparse,
             seed=seed,
+            dedup=self.static_dedup,
         )
         # Tables that the module built with values keep them: TorchRec copies them into the shards.
         dmp = DistributedModelParallel(

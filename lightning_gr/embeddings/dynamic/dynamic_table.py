@@ -110,7 +110,9 @@ class DynamicTable:
             cache_rows=first.cache_rows,
             scores=any(config.policy.eviction.policy == "score" for config in configs),
         )
-        bytes_per_row = self.storage.row_bytes + _INDEX_BYTES_PER_KEY
+        # Any row of mixed precision may become hot.
+        hot_bytes = 4 * self.dim if first.precision == "mixed" else 0
+        bytes_per_row = self.storage.row_bytes + hot_bytes + _INDEX_BYTES_PER_KEY
         self.budgets = [row_budget(config.policy, bytes_per_row=bytes_per_row, name=config.name) for config in configs]
         self.group_bits = [group_bits(budget, virtual_shards) for budget in self.budgets]
         self._group_rows = [torch.zeros(1 << bits, dtype=torch.int64) for bits in self.group_bits]
