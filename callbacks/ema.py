@@ -29,7 +29,7 @@ class ExponentialMovingAverage(pl.Callback):
 
     Rows of sharded tables are averaged where they are, each rank its own, at the cost of their memory once more and a
     pass over the whole tables a step. Validation during fit sees the averages, and after fit the module holds them, so
-    ``test`` and ``predict`` do too. Buffers are not averaged.
+    ``test`` and ``predict`` do too. Buffers and rows of dynamic tables are not averaged.
 
     A checkpoint's weights are the averages, whoever reads it; those in training are stored beside them, so that a fit
     with ``ckpt_path`` and this callback goes on exactly, on any number of ranks.
@@ -99,6 +99,11 @@ class ExponentialMovingAverage(pl.Callback):
     @torch.no_grad()
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         weights = _averaged_weights(trainer)
+        dynamic = getattr(trainer.strategy, "dynamic", None)
+        if dynamic is not None and dynamic.engines:
+            rank_zero_warn(
+                f"{', '.join(dynamic.engines)}: rows of dynamic tables are not averaged, all other weights are"
+            )
         for name, weight in weights.items():
             if weight.dtype.itemsize < torch.float32.itemsize:
                 raise MisconfigurationException(

@@ -21,9 +21,9 @@ _Shapes = Mapping[str, tuple[int, ...]]
 class InitFrom(pl.Callback):
     """Loads the weights of a checkpoint before training starts; step, epoch, loops and optimisers begin at zero.
 
-    Weights of the same name and shape are loaded, sharded tables on any number of ranks; all others keep their first
-    values and are listed in one warning. The module's ``on_load_checkpoint`` is called, so its own checks apply. A fit
-    that is resumed with ``ckpt_path`` leaves the weights to that checkpoint.
+    Weights of the same name and shape are loaded, sharded and dynamic tables on any number of ranks; all others keep
+    their first values and are listed in one warning. The module's ``on_load_checkpoint`` is called, so its own checks
+    apply. A fit that is resumed with ``ckpt_path`` leaves the weights to that checkpoint.
 
     Args:
         path: a checkpoint directory of ``SequenceBalancedStrategy``, or a checkpoint file of Lightning.
@@ -68,6 +68,9 @@ class InitFrom(pl.Callback):
             }
             matching = self._matching(weights, saved)
             checkpoint_directory.read_tensors(path, {"state_dict": matching})
+            dynamic = getattr(trainer.strategy, "dynamic", None)
+            if dynamic is not None and (absent := dynamic.load_values(path)):
+                rank_zero_warn(f"init_from={path}: has no dynamic tables of {', '.join(absent)}")
         else:
             checkpoint = _read_file(path)
             pl_module.on_load_checkpoint(checkpoint)

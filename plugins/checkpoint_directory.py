@@ -19,11 +19,10 @@ import torch.distributed as dist
 from torch.distributed.checkpoint import FileSystemReader, load, save
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
+from lightning_gr.embeddings.dynamic import table_files
+
 META_FILENAME = "meta.pt"
 """Name of the commit mark, the one that Lightning's own sharded checkpoints use."""
-
-DYNAMIC_FOLDER = "dynamic"
-"""Of dynamic tables: a folder for each collection."""
 
 _METADATA_MODULES = (
     "torch.distributed.checkpoint.metadata",
@@ -122,7 +121,7 @@ def write(
         path.mkdir(parents=True, exist_ok=True)
         # An earlier checkpoint of this name stops being one before its first shard is overwritten.
         (path / META_FILENAME).unlink(missing_ok=True)
-        shutil.rmtree(path / DYNAMIC_FOLDER, ignore_errors=True)
+        shutil.rmtree(path / table_files.FOLDER, ignore_errors=True)
     save(tensors, checkpoint_id=path)
     if write_more is not None:
         # `save` has waited for rank 0, so what it has just removed is gone.

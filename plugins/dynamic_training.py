@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_gr.batch import SequenceBatch
-from lightning_gr.plugins.checkpoint_directory import DYNAMIC_FOLDER
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -139,10 +139,14 @@ class DynamicTraining:
 
     def save(self, checkpoint: Path) -> None:
         """Writes every rank's rows into a checkpoint directory; a collective call before its commit mark is written."""
-        from lightning_gr.embeddings.dynamic.table_files import save_tables
+        from lightning_gr.embeddings.dynamic.table_files import FOLDER, save_tables
 
         for path, engine in self.engines.items():
-            save_tables(checkpoint / DYNAMIC_FOLDER / path, engine)
+            if not engine.idle:
+                rank_zero_warn(
+                    f"{path}: saved before the optimiser's step, so this step's gradients are not in the checkpoint"
+                )
+            save_tables(checkpoint / FOLDER / path, engine)
 
     def load(self, checkpoint: Path) -> None:
         """Reads the rows of this rank's virtual shards, whatever number of ranks wrote them.
@@ -150,10 +154,23 @@ class DynamicTraining:
         Raises:
             ValueError: the checkpoint does not fit.
         """
-        from lightning_gr.embeddings.dynamic.table_files import load_tables
+        from lightning_gr.embeddings.dynamic.table_files import FOLDER, load_tables
 
         for path, engine in self.engines.items():
-            load_tables(checkpoint / DYNAMIC_FOLDER / path, engine)
+            load_tables(checkpoint / FOLDER / path, engine)
+
+    def load_values(self, checkpoint: Path) -> list[str]:
+        """Reads rows and nothing else of them; training begins with step 0.
+
+        Returns:
+            The collections that the checkpoint does not have.
+        """
+        from lightning_gr.embeddings.dynamic.table_files import find_tables, load_tables
+
+        saved = find_tables(checkpoint)
+        for path in sorted(self.engines.keys() & saved.keys()):  # every rank in one order
+            load_tables(saved[path], self.engines[path], values_only=True)
+        return sorted(self.engines.keys() - saved.keys())
 
 
 def clipping_with(dynamic: DynamicTraining, precision_plugin: Any) -> None:

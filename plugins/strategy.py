@@ -536,6 +536,11 @@ class SequenceBalancedStrategy(DDPStrategy):
         self.precision_plugin.teardown()
         self.accelerator.teardown()
 
+    @property
+    def dynamic(self) -> DynamicTraining | None:
+        """The dynamic tables of the module; None before the strategy is set up."""
+        return self._dynamic
+
     @classmethod
     @override
     def register_strategies(cls, strategy_registry: Any) -> None:

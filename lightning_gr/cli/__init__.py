@@ -19,6 +19,7 @@ TOOLS = {
     "recipes": "ls, show NAME, cp NAME DEST: the shipped configurations",
     "prepare": "PATH OUTPUT: an event log to an event store",
     "store": "check, info, index PATH: event stores",
+    "table": "inspect, export, delta, import: dynamic embedding tables in a checkpoint",
     "compare": "RECIPE ...: train each with several seeds, test metrics with intervals",
     "mask": "--config RECIPE: which tokens see which in a batch, and leaks of the future",
     "demo": "train on two processes and show recommendations",
@@ -81,6 +82,10 @@ def _dispatch(args: list[str]) -> int:
         from lightning_gr.cli import store
 
         return store.main(args[1:])
+    if command == "table":
+        from lightning_gr.cli import table
+
+        return table.main(args[1:])
     if command == "compare":
         from lightning_gr.cli import compare
 

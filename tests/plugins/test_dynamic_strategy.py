@@ -398,3 +398,32 @@ def test_a_checkpoint_goes_on_with_any_number_of_ranks(gloo: Any, tmp_path: Path
         resumed = gloo(world_size).run(run_rest, world_size, str(tmp_path / f"step-{step}.ckpt"))
         assert len(resumed[0]["losses"]) == STEPS - step
         assert_equal(resumed, full, tolerance=0 if world_size == 2 else 1e-4)
+
+
+def run_from(path: str) -> Any:
+    from lightning_gr.callbacks import InitFrom
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer: Any, module: Any) -> None:
+            self.seen = contents(module)
+            self.steps = [engine.next_step for engine in engines(module).values()]
+
+    look = Look()
+    run(2, callbacks=[InitFrom(path=path), look])
+    return look.seen, look.steps
+
+
+def run_contents(world_size: int, path: str) -> Any:
+    return run(world_size, optimizer="adam", callbacks=[Save(path, (STEPS,))])
+
+
+def test_a_fit_may_begin_with_the_rows_of_another(gloo: Any, tmp_path: Path) -> None:
+    saved = union(gloo(1).run(run_contents, 1, str(tmp_path)))
+    begun = gloo(2).run(run_from, str(tmp_path / f"step-{STEPS}.ckpt"))
+    assert [steps for _, steps in begun] == [[0, 0], [0, 0]]
+    seen = begun[0][0] | begun[1][0]
+    assert seen.keys() == saved.keys()
+    for key, (values, state, count, step) in seen.items():
+        np.testing.assert_array_equal(values, saved[key][0])
+        assert not state.any()
+        assert (count, step) == (0, 0)

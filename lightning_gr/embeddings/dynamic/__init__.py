@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         DynamicEmbeddingModule,
     )
     from lightning_gr.embeddings.dynamic.engine import DynamicEngine
+    from lightning_gr.embeddings.dynamic.feature_config import FeatureConfig, tables_of_features
     from lightning_gr.embeddings.dynamic.policies import Admission, Eviction, TablePolicy
     from lightning_gr.embeddings.dynamic.settings import DynamicTables
     from lightning_gr.embeddings.dynamic.sparse_optimizers import SparseOptimizerConfig
@@ -26,8 +27,10 @@ _MODULES = {
     "DynamicTableConfig": "table_config",
     "DynamicTables": "settings",
     "Eviction": "policies",
+    "FeatureConfig": "feature_config",
     "SparseOptimizerConfig": "sparse_optimizers",
     "TablePolicy": "policies",
+    "tables_of_features": "feature_config",
 }
 
 __all__ = [
@@ -39,8 +42,10 @@ __all__ = [
     "DynamicTableConfig",
     "DynamicTables",
     "Eviction",
+    "FeatureConfig",
     "SparseOptimizerConfig",
     "TablePolicy",
+    "tables_of_features",
 ]
 
 

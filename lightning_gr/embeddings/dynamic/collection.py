@@ -47,7 +47,8 @@ class DynamicEmbeddingModule(nn.Module):
     def engine(self) -> DynamicEngine:
         """The tables of this process; made for one process where nothing has sharded the collection."""
         if self._engine is None:
-            self._engine = self.settings.engine(self.configs, seed=torch.initial_seed(), device="cpu", group=None)
+            with torch.inference_mode(False):  # tensors made inside could never be trained
+                self._engine = self.settings.engine(self.configs, seed=torch.initial_seed(), device="cpu", group=None)
         return self._engine
 
     def looked_up(self, features: KeyedJaggedTensor) -> DynamicLookup:

@@ -206,7 +206,7 @@ class DynamicTable:
             distinct: whether no key occurs twice in its table.
 
         Raises:
-            KeyError: a key without a row in a table whose `on_missing` is `error`.
+            KeyError: a key without a row in a table whose `on_missing` is `error`; the table is as it was.
             MemoryError: no room to grow; the table is as it was.
         """
         tables_U = _tables_of(offsets_T1, ids_U.device)
@@ -328,10 +328,10 @@ class DynamicTable:
         time: int,
     ) -> Tensor:
         """Gives rows to the absent keys that are admitted and have room; first all that can fail, then the changes."""
-        inserted, victims, failed, waiting = [], [], [], []
+        inserted, victims, failed, waiting, num_shared = [], [], [], [], 0
         for table in range(len(self.configs)):
             start, stop = offsets_T1[table], offsets_T1[table + 1]
-            new_N = (rows_U[start:stop] < 0).nonzero()[:, 0] + start
+            new_N = absent_N = (rows_U[start:stop] < 0).nonzero()[:, 0] + start
             counter = self._counters[table]
             if counter is not None and len(new_N):
                 least = self.configs[table].policy.admission.min_count - 1
@@ -342,11 +342,16 @@ class DynamicTable:
                 hits = rows_U[start:stop]
                 kept_N, gone_N = self._make_room(table, ids_U[new_N], counts_U[new_N], hits[hits >= 0], step, time)
                 victims.append((table, gone_N))
-                failed.append((table, int((~kept_N).sum())))
+                failed.append((table, new_N[~kept_N]))
                 new_N = new_N[kept_N]
+            if len(new_N) < len(absent_N) and self.configs[table].policy.on_missing == "error":
+                raise self._no_row(table, ids_U[absent_N[~torch.isin(absent_N, new_N)]])
+            if table in self._bucket_table:
+                shared = self.configs[table].policy.buckets_per_group << self.group_bits[table]
+                num_shared += min(len(absent_N) - len(new_N), shared)
             inserted.append(new_N)
         new_M = torch.cat(inserted)
-        self._reserve(len(new_M), sum(len(gone_N) for _, gone_N in victims))
+        self._reserve(len(new_M) + num_shared, sum(len(gone_N) for _, gone_N in victims))
 
         for table, gone_N in victims:
             self.statistics[table].evicted += self._remove(gone_N, table)
@@ -355,8 +360,11 @@ class DynamicTable:
             assert counter is not None
             counter.add(ids_U[waiting_N], counts_U[waiting_N])
             self.statistics[table].rejected += len(waiting_N)
-        for table, count in failed:
-            self.statistics[table].failed += count
+        for table, failed_N in failed:
+            counter = self._counters[table]
+            if counter is not None:  # it goes on waiting
+                counter.add(ids_U[failed_N], counts_U[failed_N])
+            self.statistics[table].failed += len(failed_N)
         rows_U = rows_U.clone()
         rows_U[new_M] = self._add(ids_U[new_M], tables_U[new_M])
         for table, new_N in enumerate(inserted):
@@ -481,10 +489,7 @@ class DynamicTable:
             self.statistics[table].missing += len(at_N)
             policy = config.policy
             if policy.on_missing == "error":
-                raise KeyError(
-                    f"table {config.name}: id {int(ids_U[at_N[0]])} has no row (not admitted, no room, or never "
-                    "trained); choose another on_missing, or raise the budget"
-                )
+                raise self._no_row(table, ids_U[at_N])
             if policy.on_missing == "default_row":
                 values_UD[at_N] = policy.default_value
             elif policy.on_missing == "initial":
@@ -494,6 +499,12 @@ class DynamicTable:
                     table, ids_U[at_N], counts_U[at_N], step=step, time=time, training=training
                 )
         return rows_U
+
+    def _no_row(self, table: int, ids_N: Tensor) -> KeyError:
+        return KeyError(
+            f"table {self.names[table]}: id {int(ids_N[0])} has no row (not admitted, no room, or never trained); "
+            "choose another on_missing, or raise the budget"
+        )
 
     def _shared_rows(
         self, table: int, ids_N: Tensor, counts_N: Tensor, *, step: int, time: int, training: bool
@@ -507,7 +518,6 @@ class DynamicTable:
         if training:
             new = rows < 0
             if bool(new.any()):
-                self._reserve(int(new.sum()), 0)
                 rows[new] = self._add(buckets[new], tables[new])
             counts = counts_N.new_zeros(len(buckets)).index_add_(0, inverse_N, counts_N)
             self.storage.touch(rows, counts, step=step, time=time)
@@ -561,6 +571,9 @@ class DynamicTable:
         """Writes values, of new keys too, past admission; returns how many found no room in the budget."""
         ids_N, values_ND = _last_of_each(ids_N, values_ND)
         rows_N = self.find(ids_N, table)
+        expired_N = self._is_expired(table, self.storage.read_metadata(rows_N), step, time) & (rows_N >= 0)
+        self.statistics[table].expired += self._remove(ids_N[expired_N], table)
+        rows_N[expired_N] = -1
         new_N = (rows_N < 0).nonzero()[:, 0]
         gone_ids, refused = ids_N[:0], 0
         if self._group_budgets[table] is not None and len(new_N):
@@ -647,6 +660,16 @@ class DynamicTable:
             last_times=rows.metadata.last_times.to(self.device),
             scores=None if rows.metadata.scores is None else rows.metadata.scores.to(self.device),
         )
+
+    @torch.no_grad()
+    def forget_history(self) -> None:
+        """Keeps keys and values alone: optimiser state, counters and clocks begin anew, and nothing waits."""
+        for table in range(len(self.key_names)):
+            _, rows_N = self._entries(table)
+            zeros_N = torch.zeros_like(rows_N)
+            self.storage.write_state(rows_N, torch.zeros(len(rows_N), self.storage.state_width, device=self.device))
+            self.storage.write_metadata(rows_N, counts=zeros_N, last_steps=zeros_N, last_times=zeros_N)
+        self._counters = [self._counter(table) for table in range(len(self.configs))]
 
     def clear(self) -> None:
         """Drops all keys."""

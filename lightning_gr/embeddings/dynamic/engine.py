@@ -125,7 +125,9 @@ class DynamicEngine:
         grouped: dict[Any, list[DynamicTableConfig]] = {}
         for config in sorted(configs, key=lambda c: c.name):
             own = _with_rate(config.optimizer or optimizer, optimizer.lr)
-            storage = (config.precision, config.hot_count, config.placement, config.cache_rows)
+            # Scores take room in all rows of a physical table, which a budget in bytes would notice.
+            scores = config.policy.eviction.policy == "score"
+            storage = (config.precision, config.hot_count, config.placement, config.cache_rows, scores)
             key = (config.embedding_dim, own, storage) if merge else config.name
             grouped.setdefault(key, []).append(config)
         self.tables = [
@@ -195,7 +197,9 @@ class DynamicEngine:
     def find(self, lookup: DynamicLookup) -> None:
         """At the owners: finds or inserts the keys that arrived, and sends their rows back."""
         keys = lookup.exchange.received_keys()
-        self.time = max(self.time, lookup.exchange.time)
+        time = max(self.time, lookup.exchange.time)
+        if lookup.training:
+            self.time = time
         values, bounds = [], self.placement.bounds
         for p, table in enumerate(self.tables):
             offsets = keys.offsets_T1[bounds[p] : bounds[p + 1] + 1]
@@ -205,7 +209,7 @@ class DynamicEngine:
                 [x - offsets[0] for x in offsets],
                 keys.counts_U[own],
                 step=self.next_step,
-                time=self.time,
+                time=time,
                 training=lookup.training,
                 distinct=lookup.exchange.distinct,
             )
@@ -257,12 +261,18 @@ class DynamicEngine:
     # ---- gradients ---------------------------------------------------------------------------------------------
 
     def _on_gradient(self, lookup: DynamicLookup) -> None:
+        if lookup.sent:
+            raise RuntimeError(
+                "dynamic tables: backward went through a forward whose gradients are on their way or used up; add the "
+                "losses and call backward once, before the step"
+            )
         lookup.ready += 1
         # Autograd's order differs from rank to rank; that of forwards does not.
         if all(x.ready == len(self.tables) for x in self._open):
             for x in self._open:
                 self._send_gradients(x)
             if self.fused_update:
+                self._stepped = False
                 self.step()
                 self._stepped = True
 
@@ -277,8 +287,7 @@ class DynamicEngine:
         lookup.sent = True
         grads = [torch.zeros_like(rows) if rows.grad is None else rows.grad for rows in lookup.rows]
         lookup.exchange.send_gradients([g.detach() for g in grads])
-        for rows in lookup.rows:
-            rows.grad = None
+        lookup.rows = []  # their hooks hold the lookup: a circle that would keep a batch's rows alive
 
     @torch.no_grad()
     def flush(self) -> None:
@@ -289,7 +298,8 @@ class DynamicEngine:
             for p, grads in enumerate(lookup.exchange.gradients()):
                 rows = lookup.owned[p]
                 seeds = lookup.seeds[p] if self.tables[p].storage.precision != "fp32" else None
-                self._pending[p].append((rows, grads / self.world_size if self.world_size > 1 else grads, seeds))
+                # What was exchanged is a sum of its own, which nobody else holds.
+                self._pending[p].append((rows, grads.div_(self.world_size) if self.world_size > 1 else grads, seeds))
         self._open.clear()
 
     def _merged(self, p: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -298,8 +308,10 @@ class DynamicEngine:
         if not pending:
             none = torch.zeros(0, dtype=torch.int64, device=self.device)
             return none, torch.zeros(0, self.tables[p].dim, device=self.device), None
-        rows, grads = torch.cat([x[0] for x in pending]), torch.cat([x[1] for x in pending])
-        seeds = None if pending[0][2] is None else torch.cat([x[2] for x in pending if x[2] is not None])
+        rows, grads, seeds = pending[0]
+        if len(pending) > 1:
+            rows, grads = torch.cat([x[0] for x in pending]), torch.cat([x[1] for x in pending])
+            seeds = None if seeds is None else torch.cat([x[2] for x in pending if x[2] is not None])
         if bool((rows < 0).any()):
             has = rows >= 0
             rows, grads, seeds = rows[has], grads[has], None if seeds is None else seeds[has]
@@ -307,7 +319,10 @@ class DynamicEngine:
         if len(unique.ids_U) < len(rows):
             grads = sum_rows(grads, unique.inverse_N, len(unique.ids_U))
             if seeds is not None:
-                seeds = torch.zeros_like(unique.ids_U).index_copy_(0, unique.inverse_N.flip(0), seeds.flip(0))
+                # Keys that share a row have different ones, and come in an order that depends on the processes.
+                seeds = torch.zeros_like(unique.ids_U).scatter_reduce_(
+                    0, unique.inverse_N, seeds, "amin", include_self=False
+                )
             rows = unique.ids_U
         self._pending[p] = [(rows, grads, seeds)]
         return rows, grads, seeds
@@ -343,7 +358,12 @@ class DynamicEngine:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Updates all rows that have gradients, at `lr_factor` times each table's learning rate, and ends the step."""
+        """Updates all rows that have gradients, at `lr_factor` times each table's learning rate, and ends the step.
+
+        Where backward has done so already, nothing is left to do.
+        """
+        if self.stepped_in_backward():
+            return
         self.flush()
         for p, table in enumerate(self.tables):
             rows, grads, seeds = self._merged(p)
@@ -389,8 +409,18 @@ class DynamicEngine:
         groups = torch.arange(self.virtual_shards) >> (bits - self.placement.group_bits[table])
         return self.placement.owners(table, groups) == self.rank
 
-    def _idle(self, what: str) -> None:
-        if self._open or any(self._pending):
+    @property
+    def idle(self) -> bool:
+        """Whether no forward and no gradient waits for the optimiser's step."""
+        return not self._open and not any(self._pending)
+
+    def require_idle(self, what: str) -> None:
+        """Refuses what may only be done between two steps.
+
+        Raises:
+            RuntimeError: a forward or gradients wait for the optimiser's step.
+        """
+        if not self.idle:
             raise RuntimeError(
                 f"dynamic tables: {what} between a forward and the optimiser's step; do it after the step"
             )
@@ -401,7 +431,7 @@ class DynamicEngine:
         Returns:
             How many this process had.
         """
-        self._idle("delete")
+        self.require_idle("delete")
         t = self.table_number(name)
         p, local = self.logical[t]
         ids_N = ids_N.to(self.device, torch.int64)
@@ -416,7 +446,7 @@ class DynamicEngine:
         Raises:
             ValueError: the values are not of the table's width.
         """
-        self._idle("upsert")
+        self.require_idle("upsert")
         t = self.table_number(name)
         p, local = self.logical[t]
         if values_ND.shape != (len(ids_N), self.tables[p].dim):

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from lightning_gr.embeddings.dynamic.gather_rows import sum_rows
 from lightning_gr.embeddings.dynamic.unique_keys import UniqueKeys, route, unique_keys
+from lightning_gr.ops.huge_pages import empty_in_huge_pages
 
 Dedup = Literal["two_stage", "before_exchange", "before_lookup", "none"]
 ExchangePrecision = Literal["fp32", "bf16", "fp16"]
@@ -175,6 +176,7 @@ class LookupExchange:
         ids_R, counts_R = keys_R2[:, 0].contiguous(), keys_R2[:, 1].contiguous()
         second = self._dedup in ("two_stage", "before_lookup")
         self._received = _distinct(ids_R, _cumulated(sizes), counts_R, second)
+        self._inverses = self._travel_order()
         return self._received
 
     # ---- rows --------------------------------------------------------------------------------------------------
@@ -186,11 +188,18 @@ class LookupExchange:
                 rows.to(self._dtype).to(rows.dtype) if self._dtype != torch.float32 else rows for rows in rows_KD
             ]
             return
-        by_physical = [rows[inverse] for rows, inverse in zip(rows_KD, self._inverses(), strict=True)]
-        outgoing = self._to_sources(by_physical)
-        self._flat, self._work = self._all_to_all(
-            outgoing, self._elements(self._received_WT), self._elements(self._sent_WT)
-        )
+        sent = self._elements(self._received_WT)
+        outgoing = _empty((sum(sent),), self._dtype, rows_KD[0].device)
+        sizes, at, taken = self._by_physical(self._received_WT), 0, [0] * len(rows_KD)
+        narrow = [rows.to(self._dtype) for rows in rows_KD]
+        for of_source in sizes:
+            for p, n in enumerate(of_source):
+                places, dim = self._inverses[p][taken[p] : taken[p] + n], narrow[p].shape[1]
+                end = at + n * dim
+                # Written where it leaves from: a copy more would cost about as much as sending it.
+                torch.index_select(narrow[p], 0, places, out=outgoing[at:end].view(n, dim))
+                at, taken[p] = end, taken[p] + n
+        self._flat, self._work = self._all_to_all(outgoing, sent, self._elements(self._sent_WT))
 
     def rows(self) -> list[Tensor]:
         """Waits for the rows; float32, of each physical table, in the order that `places` count in."""
@@ -198,7 +207,7 @@ class LookupExchange:
             return self._rows
         assert self._work is not None
         self._work.wait()
-        return self._from_flat(self._flat, self._sent_WT, by_table=False)
+        return self._from_flat(self._flat, self._sent_WT)
 
     # ---- gradients ---------------------------------------------------------------------------------------------
 
@@ -210,7 +219,7 @@ class LookupExchange:
         sizes = self._by_physical(self._sent_WT)
         parts = [list(g.split([sizes[w][p] for w in range(len(sizes))])) for p, g in enumerate(grads)]
         flat = [parts[p][w].reshape(-1) for w in range(len(sizes)) for p in range(len(parts))]
-        outgoing = torch.cat(flat).to(self._dtype)
+        outgoing = (torch.cat(flat) if len(grads) > 1 else grads[0].reshape(-1)).to(self._dtype)
         self._flat, self._work = self._all_to_all(
             outgoing, self._elements(self._sent_WT), self._elements(self._received_WT)
         )
@@ -223,9 +232,8 @@ class LookupExchange:
             return self._gradients
         assert self._work is not None
         self._work.wait()
-        grads = self._from_flat(self._flat, self._received_WT, by_table=True)
-        inverses = self._inverses()
-        return [sum_rows(g, inverse, n) for g, inverse, n in zip(grads, inverses, counts, strict=True)]
+        grads = self._from_flat(self._flat, self._received_WT)
+        return [sum_rows(g, inverse, n) for g, inverse, n in zip(grads, self._inverses, counts, strict=True)]
 
     # ---- how things lie ----------------------------------------------------------------------------------------
 
@@ -252,40 +260,28 @@ class LookupExchange:
     def _elements(self, counts_WT: list[list[int]]) -> list[int]:
         return [sum(n * d for n, d in zip(row, self._placement.dims, strict=True)) for row in counts_WT]
 
-    def _inverses(self) -> list[Tensor]:
-        """Of each physical table, where the received keys, by table and then source, stand among its distinct ones."""
-        received_T = [sum(row[t] for row in self._received_WT) for t in range(self._num_tables)]
-        at_T1, distinct_T1 = _cumulated(received_T), self._received.offsets_T1
-        return [self._received.inverse_N[at_T1[a] : at_T1[b]] - distinct_T1[a] for a, b in self._spans()]
+    def _travel_order(self) -> list[Tensor]:
+        """Of each physical table, where the received keys, by source and then table, stand among its distinct ones."""
+        num, begins = len(self._received_WT), self._received.offsets_T1
+        sizes = [row[t] for t in range(self._num_tables) for row in self._received_WT]
+        blocks = self._received.inverse_N.split(sizes)
+        return [
+            torch.cat([blocks[t * num + w] for w in range(num) for t in range(a, b)]) - begins[a]
+            for a, b in self._spans()
+        ]
 
-    def _to_sources(self, by_physical: list[Tensor]) -> Tensor:
-        """Rows by table and then source, as one flat tensor by source, physical table, table."""
-        num_sources = len(self._received_WT)
-        pieces: list[list[list[Tensor]]] = []
-        for (a, b), rows in zip(self._spans(), by_physical, strict=True):
-            sizes = [self._received_WT[w][t] for t in range(a, b) for w in range(num_sources)]
-            blocks = rows.to(self._dtype).split(sizes)
-            pieces.append([[blocks[t * num_sources + w] for t in range(b - a)] for w in range(num_sources)])
-        flat = [block.reshape(-1) for w in range(num_sources) for of in pieces for block in of[w]]
-        return torch.cat(flat)
-
-    def _from_flat(self, flat: Tensor, counts_WT: list[list[int]], *, by_table: bool) -> list[Tensor]:
-        """Float32 rows of each physical table, by process and then table, or by table and then process."""
-        dims, num = self._placement.dims, len(counts_WT)
-        blocks = flat.split([n * d for row in counts_WT for n, d in zip(row, dims, strict=True)])
-        result = []
-        for a, b in self._spans():
-            places = (
-                [(w, t) for t in range(a, b) for w in range(num)]
-                if by_table
-                else [(w, t) for w in range(num) for t in range(a, b)]
-            )
-            rows = [blocks[w * self._num_tables + t].view(-1, dims[a]) for w, t in places]
-            result.append(torch.cat(rows).to(torch.float32))
-        return result
+    def _from_flat(self, flat: Tensor, counts_WT: list[list[int]]) -> list[Tensor]:
+        """Float32 rows of each physical table, by process and then table, as they travelled."""
+        dims = [self._placement.dims[a] for a, _ in self._spans()]
+        if len(dims) == 1:
+            return [flat.view(-1, dims[0]).to(torch.float32)]
+        sizes = self._by_physical(counts_WT)
+        blocks = flat.split([n * d for row in sizes for n, d in zip(row, dims, strict=True)])
+        parts = [[blocks[w * len(dims) + p].view(-1, d) for w in range(len(sizes))] for p, d in enumerate(dims)]
+        return [torch.cat(rows).to(torch.float32) for rows in parts]
 
     def _all_to_all(self, outgoing: Tensor, sent: list[int], received: list[int]) -> tuple[Tensor, Any]:
-        incoming = outgoing.new_empty(sum(received), *outgoing.shape[1:])
+        incoming = _empty((sum(received), *outgoing.shape[1:]), outgoing.dtype, outgoing.device)
         work = dist.all_to_all_single(incoming, outgoing, received, sent, group=self._group, async_op=True)
         return incoming, work
 
@@ -295,6 +291,12 @@ def _distinct(ids_N: Tensor, offsets_T1: Sequence[int], counts_N: Tensor | None,
         return unique_keys(ids_N, offsets_T1, counts_N)
     counts_N = torch.ones_like(ids_N) if counts_N is None else counts_N
     return UniqueKeys(ids_N, list(offsets_T1), torch.arange(len(ids_N), device=ids_N.device), counts_N)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return empty_in_huge_pages(*shape, dtype=dtype)
+    return torch.empty(shape, dtype=dtype, device=device)
 
 
 def _totals(counts_WT: list[list[int]]) -> list[int]:

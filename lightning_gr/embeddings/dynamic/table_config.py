@@ -55,8 +55,8 @@ class DynamicTableConfig:
 
     def __post_init__(self) -> None:
         where = f"table {self.name}"
-        if not self.name or "/" in self.name:
-            raise ValueError(f"name={self.name!r}: expected a table name without '/'")
+        if self.name in ("", ".", "..") or set(self.name) & set("/#"):
+            raise ValueError(f"name={self.name!r}: expected a table name without '/' and '#', since it names files")
         if self.embedding_dim < 1:
             raise ValueError(f"{where}: embedding_dim={self.embedding_dim}: expected at least 1")
         if not self.feature_names:
