@@ -17,6 +17,7 @@ class RankingFeatures:
         history_width: columns that only history tokens have: what the user did.
         candidate_width: columns that only candidates have: cross features.
         tasks: names of the tasks.
+        raw_ids: whether ids of users and items are raw; their cardinality is still how many there are.
     """
 
     contextual: dict[str, int]
@@ -26,6 +27,7 @@ class RankingFeatures:
     history_width: int
     candidate_width: int
     tasks: tuple[str, ...]
+    raw_ids: bool = False
 
     @property
     def num_contextual(self) -> int:

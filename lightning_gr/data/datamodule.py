@@ -17,6 +17,7 @@ from lightning_gr.data.finished_epoch import leave_finished_epoch
 from lightning_gr.data.interactions import Interactions
 from lightning_gr.data.loader import PlannedLoader
 from lightning_gr.data.plan import GlobalBatchPlan
+from lightning_gr.data.raw_ids import raw_key
 from lightning_gr.data.readers import LogFormat, read_events
 from lightning_gr.data.source import LongHistories, RetrievalSource, SequenceSource
 from lightning_gr.data.splits import Part, Split
@@ -25,6 +26,7 @@ from lightning_gr.substrate import require_torchrec
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+Array = np.ndarray[Any, Any]
 log = logging.getLogger(__name__)
 
 
@@ -47,10 +49,12 @@ class SequenceDataModule(pl.LightningDataModule):
         num_workers: background processes that collate.
         seed: seed of the shuffle; None means the run's (`seed_everything`), or 0 where it has none.
         predict_from: whose next item `predict` ranks: after the whole history, or after the history of the test item.
+        raw_ids: batches carry raw item ids, text as 64-bit hashes, instead of rows; models then need `dynamic_tables`.
 
     Attributes:
         num_items: items in the log, after `setup`.
         item_ids: raw item id of each row.
+        item_keys: with `raw_ids`, the int64 that batches carry for each row; None without.
         users: raw user id of each sample id.
         fingerprint: digest of the log's content.
 
@@ -74,6 +78,7 @@ class SequenceDataModule(pl.LightningDataModule):
         num_workers: int = 0,
         seed: int | None = None,
         predict_from: Literal["all", "test"] = "all",
+        raw_ids: bool = False,
     ) -> None:
         super().__init__()
         settings = (
@@ -93,6 +98,7 @@ class SequenceDataModule(pl.LightningDataModule):
         self.long_histories: LongHistories = long_histories
         self.split, self.features, self.shuffle_window = split, tuple(features or ()), shuffle_window
         self.predict_from: Literal["all", "test"] = predict_from
+        self.raw_ids = raw_ids
         self._table: EventStore | Interactions | None = None
 
     @override
@@ -134,6 +140,11 @@ class SequenceDataModule(pl.LightningDataModule):
         return ids
 
     @cached_property
+    def item_keys(self) -> Array | None:
+        """With `raw_ids`, the int64 that batches carry for each item row; None without."""
+        return raw_key(self.table.item_ids) if self.raw_ids else None
+
+    @cached_property
     def users(self) -> Sequence[Any]:
         """Raw user id of each sample id."""
         ids: Sequence[Any] = self.table.users.tolist()
@@ -152,6 +163,7 @@ class SequenceDataModule(pl.LightningDataModule):
             split=self.split,
             long_histories=self.long_histories,
             features=self.features,
+            item_keys=self.item_keys,
         )
 
     def _loader(self, part: Part | Literal["all"], name: str) -> PlannedLoader:

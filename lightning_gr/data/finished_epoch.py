@@ -16,12 +16,17 @@ def leave_finished_epoch(trainer: pl.Trainer, *, unsized: bool = False) -> None:
         trainer: the run.
         unsized: whether the training loader has no length. From a checkpoint of an epoch's last batch Lightning then
             counts that epoch twice, once when it resets and once when the loader gives nothing more. Its validation,
-            which had not run yet, is left out.
+            which had not run yet, is left out. From a checkpoint that was saved by the hooks at an epoch's end it asks
+            for the first batch before it counts the epoch, and so trains on that epoch's data again.
     """
     loop = getattr(trainer, "fit_loop", None)
-    if loop is None or not loop.restarting:
+    if loop is None:
         return
     current = loop.epoch_progress.current
+    if unsized and current.ready == current.started == current.processed == current.completed + 1:
+        loop.epoch_progress.increment_completed()
+    elif not loop.restarting:
+        return
     finished = current.ready == current.started == current.processed
     if unsized and loop.epoch_loop.batch_progress.is_last_batch and current.ready == current.processed + 1:
         loop.epoch_progress.increment_processed()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from typing_extensions import override
@@ -12,8 +12,11 @@ from lightning_gr.data.cross_statistics import CrossStatistics
 from lightning_gr.data.datamodule import SequenceDataModule
 from lightning_gr.data.event_store import EventStore
 from lightning_gr.data.ranking_source import RankingSource, Task, item_categories
+from lightning_gr.data.raw_ids import raw_key
 from lightning_gr.data.splits import LastShare, Part, Split
 from lightning_gr.ranking_features import RankingFeatures
+
+Array = np.ndarray[Any, Any]
 
 
 class RankingDataModule(SequenceDataModule):
@@ -38,9 +41,13 @@ class RankingDataModule(SequenceDataModule):
         num_workers: background processes that collate.
         seed: seed of the shuffle; None means the run's (`seed_everything`), or 0 where it has none.
         predict_part: whose candidates `predict` scores.
+        raw_ids: batches carry raw item and user ids, text as 64-bit hashes, instead of rows; models then need
+            `dynamic_tables`.
 
     Attributes:
         ranking_features: what batches hold, for models.
+        item_keys: with `raw_ids`, the int64 that batches carry for each item row; None without.
+        user_keys: the same of users.
 
     Raises:
         FileNotFoundError: the store is not there.
@@ -66,6 +73,7 @@ class RankingDataModule(SequenceDataModule):
         num_workers: int = 0,
         seed: int | None = None,
         predict_part: Literal["val", "test"] = "test",
+        raw_ids: bool = False,
     ) -> None:
         if cross_task is not None and cross_task not in tasks:
             raise ValueError(f"cross_task={cross_task}: no such task; choose from {', '.join(tasks)}")
@@ -81,6 +89,7 @@ class RankingDataModule(SequenceDataModule):
             shuffle_window=shuffle_window,
             num_workers=num_workers,
             seed=seed,
+            raw_ids=raw_ids,
         )
         self.tasks, self.max_history, self.block = tasks, max_history, block
         self.chosen_features, self.cross_task, self.cross_categories = features, cross_task, cross_categories
@@ -117,7 +126,14 @@ class RankingDataModule(SequenceDataModule):
             features=self.chosen_features,
             cross=self._cross,
             user_token=self.user_token,
+            item_keys=self.item_keys,
+            user_keys=self.user_keys,
         )
+
+    @cached_property
+    def user_keys(self) -> Array | None:
+        """With `raw_ids`, the int64 that batches carry for each user row; None without."""
+        return raw_key(self._store().users) if self.raw_ids else None
 
     @cached_property
     def ranking_features(self) -> RankingFeatures:

@@ -66,6 +66,8 @@ class RankingSource(SequenceSource):
         cross: causal counts and means that candidates get; None leaves them out.
         user_token: whether the user's id is a contextual token; where users have few events, its embedding learns them
             by heart.
+        item_keys: int64 raw key of each item row, which batches carry instead of the row; None carries rows.
+        user_keys: the same of users.
 
     Attributes:
         ranking_features: what the batches hold.
@@ -86,6 +88,8 @@ class RankingSource(SequenceSource):
         features: Sequence[str] | None = None,
         cross: CrossStatistics | None = None,
         user_token: bool = True,
+        item_keys: Array | None = None,
+        user_keys: Array | None = None,
     ) -> None:
         fields = {field.name: field for field in store.fields}
         if not tasks:
@@ -108,6 +112,7 @@ class RankingSource(SequenceSource):
         self._fields = {per: [f for f in chosen if f.per == per] for per in ("event", "user", "item")}
         self._label_fields = tuple(dict.fromkeys(task.field for task in tasks.values()))
         self._cross = cross
+        self._item_keys, self._user_keys = item_keys, user_keys
         self._event_starts = np.concatenate([[0], np.cumsum(store.lengths, dtype=np.int64)])
         columns = [f.name for f in (*self._fields["event"], *self._fields["user"])]
         self._rows = RowWindows(store, [*columns, *self._label_fields])
@@ -127,6 +132,7 @@ class RankingSource(SequenceSource):
             history_width=2 * len(self.tasks) + len(self._label_fields),
             candidate_width=0 if cross is None else cross.values_EW.shape[1],
             tasks=self.tasks,
+            raw_ids=item_keys is not None,
         )
         settings = (
             store.fingerprint,
@@ -138,7 +144,7 @@ class RankingSource(SequenceSource):
             columns,
             user_token,
         )
-        self.fingerprint = "-".join(str(x) for x in settings)
+        self.fingerprint = "-".join(str(x) for x in settings) + "-raw" * (item_keys is not None)
         self._missing = self._missing_labels()
 
     # ---- what a plan asks --------------------------------------------------------------------------------------
@@ -226,7 +232,7 @@ class RankingSource(SequenceSource):
         total = len(at_X) + contextual * len(sample_ids)
 
         items_X = rows.items[at_X]
-        ids = {ITEM: (items_X, lengths_B)}
+        ids = {ITEM: (items_X if self._item_keys is None else self._item_keys[items_X], lengths_B)}
         ids |= {name: (codes[items_X], lengths_B) for name, codes in self._item_codes.items()}
         numbers = [self._item_values[items_X]]
         for field in self._fields["event"]:
@@ -246,7 +252,8 @@ class RankingSource(SequenceSource):
             of_event = at_X - events_B[sequence_X] + self._event_starts[user_rows][sequence_X]
             cross_XW = np.where(is_candidate_X[:, None], self._cross.values_EW[of_event], 0.0)
             dense["cross"] = _on_tokens(cross_XW, token_X, total)
-        ids[USER] = (user_rows, np.ones(len(sample_ids), dtype=np.int64))
+        users_B = user_rows if self._user_keys is None else self._user_keys[user_rows]
+        ids[USER] = (users_B, np.ones(len(sample_ids), dtype=np.int64))
         of_users = []
         for field in self._fields["user"]:
             values, offsets = rows.user_fields[field.name]

@@ -61,6 +61,7 @@ class RetrievalSource(SequenceSource):
         long_histories: in training, `truncate` keeps the most recent `max_length` tokens; `split` makes further samples
             of the tokens before them. Elsewhere the most recent tokens are kept.
         features: further fields of events and users for the batch, where the table is a store.
+        item_keys: int64 raw key of each item row, which batches carry instead of the row; None carries rows.
 
     Raises:
         ValueError: a setting that cannot work, by name.
@@ -77,6 +78,7 @@ class RetrievalSource(SequenceSource):
         split: Split | None = None,
         long_histories: LongHistories = "truncate",
         features: Sequence[str] = (),
+        item_keys: Array | None = None,
     ) -> None:
         if long_histories not in ("truncate", "split"):
             raise ValueError(f"long_histories={long_histories!r}: expected truncate or split")
@@ -91,6 +93,8 @@ class RetrievalSource(SequenceSource):
         self.group_bounds = table.group_bounds
         self.tasks: tuple[str, ...] = () if part == "all" else (self.TASK,)
         self.fingerprint = f"{table.fingerprint}-{part}-{max_length}-{self._split.identity()}" + "-cut" * self._cuts
+        self.fingerprint += "-raw" * (item_keys is not None)
+        self._item_keys = item_keys
         self._rows = RowWindows(table, self._features)
 
     # ---- what a plan asks --------------------------------------------------------------------------------------
@@ -156,6 +160,7 @@ class RetrievalSource(SequenceSource):
             sample_ids=sample_ids,
             labelled=bool(self.tasks),
             fields=[self._kinds[name] for name in self._features],
+            item_keys=self._item_keys,
             epoch=epoch,
             denominators=denominators,
             gradient_divisor=gradient_divisor,
@@ -170,6 +175,7 @@ def next_item_batch(
     sample_ids: Array,
     labelled: bool,
     fields: Sequence[Field],
+    item_keys: Array | None,
     epoch: int,
     denominators: dict[str, float],
     gradient_divisor: float,
@@ -183,6 +189,7 @@ def next_item_batch(
         sample_ids: ids of the samples; none gives one padding sequence of length 0 without labels.
         labelled: whether tokens ask for their next event; otherwise the last token may be the user's last event.
         fields: fields of events and users that the batch carries.
+        item_keys: int64 key of each item number; None takes the numbers themselves.
         epoch: epoch the batch belongs to.
         denominators: by task, the labels of the whole global batch.
         gradient_divisor: what engines divide the gradient by.
@@ -194,11 +201,16 @@ def next_item_batch(
     total = int(ends_B[-1]) if len(ends_B) else 0
     position_T = np.arange(total)
     event_T = position_T + np.repeat(rows.offsets[places_B] + first_B - starts_B, lengths_B)
+
+    def items_at(events: Array) -> Array:
+        items = rows.items[events]
+        return items if item_keys is None else item_keys[items]
+
     labels: dict[str, Labels] = {}
     if labelled:
         asks_T = position_T >= np.repeat(starts_B + np.maximum(asking_B - first_B, 0), lengths_B)
         tokens = np.flatnonzero(asks_T)
-        labels[RetrievalSource.TASK] = Labels(_tensor(rows.items[event_T[tokens] + 1]), torch.from_numpy(tokens))
+        labels[RetrievalSource.TASK] = Labels(_tensor(items_at(event_T[tokens] + 1)), torch.from_numpy(tokens))
     times_T = request_times_T = None
     if rows.timestamps is not None:
         times_T = _tensor(rows.timestamps[event_T])
@@ -207,7 +219,7 @@ def next_item_batch(
         if not labelled:
             next_T[ends_B - 1] -= 1
         request_times_T = _tensor(rows.timestamps[next_T])
-    ids = {"item_id": (rows.items[event_T], lengths_B)}
+    ids = {"item_id": (items_at(event_T), lengths_B)}
     dense: dict[str, torch.Tensor] = {}
     for field in fields:
         if field.per == "event":

@@ -25,7 +25,8 @@ class StreamDataModule(pl.LightningDataModule):
     Args:
         folder: a growing folder, see `lightning_gr.data.ParquetDays`; or None with `stream`.
         stream: days from elsewhere: anything with the two methods of `lightning_gr.data.EventStream`.
-        num_items: item rows; ids are 0 ... num_items - 1.
+        num_items: item rows; ids are 0 ... num_items - 1. None takes raw ids as they come, any int64 or text, which
+            becomes a 64-bit hash; the model then needs `dynamic_tables`.
         global_tokens: token budget of a global batch, on all ranks together.
         max_length: longest sample in tokens; longer histories keep the most recent.
         wait_s: seconds to wait for a day that is not complete.
@@ -41,7 +42,7 @@ class StreamDataModule(pl.LightningDataModule):
         *,
         folder: str | None = None,
         stream: EventStream | None = None,
-        num_items: int,
+        num_items: int | None = None,
         global_tokens: int = 8192,
         max_length: int = 200,
         wait_s: float = 0.0,
@@ -54,7 +55,7 @@ class StreamDataModule(pl.LightningDataModule):
                 f"folder={folder!r}, stream={stream!r}: give the one or the other of StreamDataModule"
             )
         self.folder, self._stream = folder, stream
-        self.num_items = num_items
+        self.num_items, self.raw_ids = num_items, num_items is None
         self.global_tokens, self.max_length = global_tokens, max_length
         self.wait_s, self.poll_s, self.num_workers = wait_s, poll_s, num_workers
 
@@ -95,6 +96,7 @@ class StreamDataModule(pl.LightningDataModule):
             lambda: self._day(ahead),
             global_tokens=self.global_tokens,
             max_length=self.max_length,
+            raw_ids=self.raw_ids,
             rank=0 if trainer is None else trainer.global_rank,
             world_size=1 if trainer is None else trainer.world_size,
             num_workers=self.num_workers,

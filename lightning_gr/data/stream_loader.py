@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from lightning_gr.batch import SequenceBatch
 from lightning_gr.data.event_table import UserRows
 from lightning_gr.data.partition import longest_processing_time
+from lightning_gr.data.raw_ids import raw_key
 from lightning_gr.data.row_windows import take_users
 from lightning_gr.data.source import RetrievalSource, next_item_batch
 from lightning_gr.data.stream import EventStream
@@ -50,6 +51,7 @@ class StreamLoader:
         day: number of the day that an iteration goes through, and its name; None where there is none.
         global_tokens: budget of a global batch, on all ranks together.
         max_length: longest sample in tokens; longer histories keep the most recent.
+        raw_ids: whether items are raw ids, text among them, of which batches carry the keys.
         rank: this process.
         world_size: how many processes share each global batch.
         num_workers: 1 reads and collates in a background process.
@@ -67,6 +69,7 @@ class StreamLoader:
         *,
         global_tokens: int,
         max_length: int,
+        raw_ids: bool = False,
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
@@ -81,6 +84,7 @@ class StreamLoader:
             raise ValueError(f"num_workers={num_workers}: a stream is read by one process; expected 0 or 1")
         self._stream, self._day = stream, day
         self.global_tokens, self.max_length = global_tokens, max_length
+        self._raw_ids = raw_ids
         self._rank, self._world_size, self._num_workers = rank, world_size, num_workers
         self._lookahead = lookahead
         self._cursors: list[tuple[int, int, int]] = [(0, 0, 0)]
@@ -143,8 +147,11 @@ class StreamLoader:
         tokens = 0
         block = first_block - 1
         for block, content in enumerate(self._stream.blocks(name, first_block), start=first_block):
-            held[block] = content.rows
-            lengths = np.diff(content.rows.offsets)
+            rows = content.rows
+            if self._raw_ids:
+                rows = replace(rows, items=raw_key(rows.items))
+            held[block] = rows
+            lengths = np.diff(rows.offsets)
             last_U = lengths - 2
             first_U = np.maximum(last_U - self.max_length + 1, 0)
             asking_U = np.maximum(lengths - content.new_U - 1, 0)
@@ -157,7 +164,7 @@ class StreamLoader:
                 if tokens + sample.tokens > self.global_tokens:
                     yield (block, place), self._batch(number, waiting, held)
                     waiting, tokens = [], 0
-                    held = {block: content.rows}
+                    held = {block: rows}
                 waiting.append(sample)
                 tokens += sample.tokens
             if not waiting:
@@ -180,6 +187,7 @@ class StreamLoader:
             sample_ids=np.array(ids, dtype=np.int64),
             labelled=True,
             fields=[],
+            item_keys=None,
             epoch=number,
             denominators={RetrievalSource.TASK: float(sum(sample.labels for sample in samples))},
             gradient_divisor=float(self._world_size),

@@ -19,7 +19,9 @@ from torch.nn import functional as F  # noqa: N812
 from typing_extensions import override
 
 from lightning_gr.batch import SequenceBatch
+from lightning_gr.data.raw_ids import RowsOfKeys, refuse_static_tables
 from lightning_gr.embeddings import embedding_collection
+from lightning_gr.embeddings.dynamic import DynamicTables
 from lightning_gr.layers.multi_task import MultiTaskHeads
 from lightning_gr.metrics import AUC, Calibration, GroupedAUC, NormalizedEntropy, WeightedMean
 from lightning_gr.models.parameter_groups import ParameterGroup, optimizer_and_schedule
@@ -29,6 +31,8 @@ from lightning_gr.ranking_features import RankingFeatures
 
 if TYPE_CHECKING:
     from torchrec import EmbeddingCollection
+
+    from lightning_gr.embeddings.dynamic import DynamicEmbeddingCollection
 
 USER = "user_id"
 
@@ -57,6 +61,8 @@ class RankingModule(pl.LightningModule):
         features: what batches hold; None takes the datamodule's.
         embedding_dim: width of all embeddings.
         embedding_std: standard deviation of their first values.
+        dynamic_tables: settings of dynamic tables in place of static ones, for a datamodule with ``raw_ids`` too; None
+            takes static ones.
         task_weights: by task, its weight in the loss; 1 where absent.
         num_experts: experts of the multi-task heads; 0 gives each task a tower of its own.
         head_dim: width of experts and towers.
@@ -77,6 +83,7 @@ class RankingModule(pl.LightningModule):
         features: RankingFeatures | None = None,
         embedding_dim: int = 32,
         embedding_std: float = 0.02,
+        dynamic_tables: DynamicTables | None = None,
         task_weights: dict[str, float] | None = None,
         num_experts: int = 4,
         head_dim: int = 64,
@@ -100,11 +107,13 @@ class RankingModule(pl.LightningModule):
         self.backend: Backend = backend
         self.features = features
         self.embedding_dim, self.embedding_std = embedding_dim, embedding_std
+        self.dynamic_tables = dynamic_tables
         self.task_weights = dict(task_weights or {})
         self.num_experts, self.head_dim, self.head_dropout = num_experts, head_dim, head_dropout
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         self.parameter_groups = tuple(parameter_groups or ())
-        self.tables: EmbeddingCollection | None = None
+        self.tables: EmbeddingCollection | DynamicEmbeddingCollection | None = None
+        self._rows_of_keys: dict[str, RowsOfKeys] = {}
         self.heads: MultiTaskHeads | None = None
         self.train_loss = WeightedMean()
         self.metrics: nn.ModuleDict | None = None
@@ -120,6 +129,12 @@ class RankingModule(pl.LightningModule):
                 "features: not given, and the Trainer has no datamodule that knows them; use RankingDataModule, or "
                 "pass RankingModule(features=...)"
             )
+        refuse_static_tables(self.features.raw_ids, self.dynamic_tables)
+        if self.features.raw_ids and stage == "predict":
+            datamodule = getattr(self.trainer, "datamodule", None)
+            for what in ("user", "item"):
+                if (keys := getattr(datamodule, f"{what}_keys", None)) is not None:
+                    self._rows_of_keys[f"{what}_rows"] = RowsOfKeys(torch.as_tensor(keys))
         if unknown := [task for task in self.task_weights if task not in self.features.tasks]:
             raise MisconfigurationException(
                 f"task_weights.{unknown[0]}: no such task; choose from {', '.join(self.features.tasks)}"
@@ -152,7 +167,8 @@ class RankingModule(pl.LightningModule):
             hidden_dim=self.head_dim,
             dropout=self.head_dropout,
         )
-        self.tables = embedding_collection(
+        make_tables = embedding_collection if self.dynamic_tables is None else self.dynamic_tables.collection
+        self.tables = make_tables(
             [
                 EmbeddingConfig(
                     name=name,
@@ -275,11 +291,9 @@ class RankingModule(pl.LightningModule):
         contextual_T = (batch.kind_T == 0).cumsum(0)
         places_N = candidate_places(batch)
         items_N = batch.features["item_id"].values()[places_N - contextual_T[places_N]]
-        return {
-            "user_rows": _users(batch)[sequence_N].cpu(),
-            "item_rows": items_N.cpu(),
-            "probabilities": {task: x.double().sigmoid().cpu() for task, x in logits.items()},
-        }
+        rows = {"user_rows": _users(batch)[sequence_N].cpu(), "item_rows": items_N.cpu()}
+        rows |= {name: rows_of(rows[name]) for name, rows_of in self._rows_of_keys.items()}
+        return rows | {"probabilities": {task: x.double().sigmoid().cpu() for task, x in logits.items()}}
 
 
 def _users(batch: SequenceBatch) -> Tensor:

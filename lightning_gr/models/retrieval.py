@@ -7,11 +7,9 @@ C candidates, D dimension, P pairs.
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import lightning.pytorch as pl
@@ -23,8 +21,11 @@ from torch.nn import functional as F  # noqa: N812
 from typing_extensions import override
 
 from lightning_gr.batch import PADDING_SAMPLE_ID, SequenceBatch
+from lightning_gr.data.raw_ids import refuse_static_tables
 from lightning_gr.embeddings import CandidateBlock, corpus_share, embedding_collection, process_group_of
+from lightning_gr.embeddings.dynamic import DynamicTables
 from lightning_gr.metrics import NDCG, HitRate, MeanReciprocalRank, WeightedMean
+from lightning_gr.models.corpus import Corpus, item_vocabulary
 from lightning_gr.models.parameter_groups import ParameterGroup, optimizer_and_schedule
 from lightning_gr.negatives import UniformNegatives
 from lightning_gr.ops.backend import Backend, use_backend
@@ -33,6 +34,8 @@ from lightning_gr.ops.sampled_softmax import sampled_logits
 
 if TYPE_CHECKING:
     from torchrec import EmbeddingCollection
+
+    from lightning_gr.embeddings.dynamic import DynamicEmbeddingCollection
 
 TASK = "next_item"
 _MASKED_LOGIT = -5e4  # finite, as in Meta's HSTU, so that a row of masked negatives has no NaN gradient
@@ -72,10 +75,14 @@ class RetrievalModule(pl.LightningModule):
     the target among all items of the corpus, ties counted against the model. Where the tables are sharded, each process
     scores the rows that it holds.
 
+    With `dynamic_tables` an item's id may be any int64, as of a datamodule with ``raw_ids``. Where nothing says which
+    ids there are (a stream without `num_items`), the loss takes in-batch negatives, and `corpus` names what is ranked.
+
     Args:
         encoder: maps (T, D) token embeddings to (T, D), with the attributes `dim` and `max_length`, and takes
             `layout`, `mask`, `times_T` and `request_times_T`; for example `lightning_gr.layers.HSTUEncoder`.
-        num_items: rows of the item table; None takes the datamodule's `num_items`.
+        num_items: rows of the item table; None takes the datamodule's `num_items`. Raw ids that the datamodule knows go
+            before it.
         loss: `full_softmax` over all items; `sampled_softmax` over the label and its negatives; `bce`, the binary cross
             entropy of the label and, on average, of its negatives (SASRec, arXiv 1808.09781). Validation and test log
             the full softmax over the corpus, whichever it is.
@@ -85,8 +92,10 @@ class RetrievalModule(pl.LightningModule):
         similarity: `cosine` normalises both sides to length 1; `dot` does not.
         temperature: divides the similarity.
         embedding_std: standard deviation of the first values of item embeddings.
+        dynamic_tables: settings of dynamic tables in place of static ones; None takes static ones.
         corpus: what is ranked in validation, test and predict: None for all items, or raw ids, as a list or as the path
-            of a text file with one a line. A target outside it counts as not found.
+            of a text file with one a line. A target outside it counts as not found. Where nothing says which ids there
+            are, the lines of a file are integers if all of them can be, else text.
         remove_seen: whether validation, test and predict leave out the items of the history that the batch holds; a
             target among them counts as not found.
         top_k: cut-offs of HR@K and NDCG@K; `predict` returns as many items as the largest.
@@ -110,6 +119,7 @@ class RetrievalModule(pl.LightningModule):
         similarity: Literal["cosine", "dot"] = "cosine",
         temperature: float = 0.05,
         embedding_std: float = 0.02,
+        dynamic_tables: DynamicTables | None = None,
         corpus: list[int | str] | str | None = None,
         remove_seen: bool = False,
         top_k: list[int] | None = None,
@@ -146,8 +156,9 @@ class RetrievalModule(pl.LightningModule):
         self.draws = loss != "full_softmax" and negatives == "uniform"
         self.in_batch = negatives == "in_batch"
         self.negatives = UniformNegatives(num_negatives=num_negatives)
+        self.dynamic_tables = dynamic_tables
         self.corpus, self.remove_seen = corpus, remove_seen
-        self._corpus_rows: Tensor | None = None
+        self._corpus = Corpus(num_items)
         self.similarity = similarity
         self.temperature = temperature
         self.embedding_std = embedding_std
@@ -155,7 +166,7 @@ class RetrievalModule(pl.LightningModule):
         self.make_optimizer = optimizer
         self.make_lr_scheduler = lr_scheduler
         self.parameter_groups = tuple(parameter_groups or ())
-        self.tables: EmbeddingCollection | None = None
+        self.tables: EmbeddingCollection | DynamicEmbeddingCollection | None = None
         self.train_loss = WeightedMean()
         self.metrics = nn.ModuleDict({split: self._ranking_metrics() for split in ("val", "test")})
 
@@ -169,38 +180,43 @@ class RetrievalModule(pl.LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        refuse_static_tables(getattr(datamodule, "raw_ids", False), self.dynamic_tables)
+        keys = getattr(datamodule, "item_keys", None)
+        keys_I = self._corpus.keys_I if keys is None else torch.as_tensor(keys)
+        if keys_I is not None:
+            self.num_items = len(keys_I)
+        elif self.num_items is None:
+            self.num_items = getattr(datamodule, "num_items", None)
         if self.num_items is None:
-            self.num_items = getattr(getattr(self.trainer, "datamodule", None), "num_items", None)
-        if self.num_items is None:
+            self._check_without_items(stage)
+        self._corpus = Corpus(self.num_items, keys_I)
+        if self.corpus is not None:
+            ranked_C = self._corpus.ids_named(self.corpus, getattr(datamodule, "item_ids", None))
+            self._corpus = replace(self._corpus, ranked_C=ranked_C)
+        num_ranked = self._corpus.num_ranked
+        if num_ranked is not None and max(self.top_k) > num_ranked:
+            raise MisconfigurationException(
+                f"top_k={self.top_k}: the corpus has only {num_ranked} items; lower it to at most that"
+            )
+
+    def _check_without_items(self, stage: str) -> None:
+        """Refuses what takes all items, where only the batches tell which there are."""
+        if self.dynamic_tables is None:
             raise MisconfigurationException(
                 "num_items: not given, and the Trainer has no datamodule that knows it; pass "
                 "RetrievalModule(num_items=...)"
             )
-        if self.corpus is not None:
-            self._corpus_rows = self._rows_of(self.corpus)
-        corpus_size = self.num_items if self._corpus_rows is None else len(self._corpus_rows)
-        if max(self.top_k) > corpus_size:
+        if stage == "fit" and not self.in_batch:
             raise MisconfigurationException(
-                f"top_k={self.top_k}: the corpus has only {corpus_size} items; lower it to at most that"
+                f"loss={self.loss}: takes negatives from all items, and nothing says which there are; use loss "
+                "sampled_softmax or bce with negatives in_batch, or give num_items"
             )
-
-    def _rows_of(self, corpus: list[int | str] | str) -> Tensor:
-        """Rows of the named items, ascending."""
-        if isinstance(corpus, str):
-            if not Path(corpus).is_file():
-                raise FileNotFoundError(f"corpus={corpus}: no such file; give one with an item id a line")
-            corpus = [line.strip() for line in Path(corpus).read_text(encoding="utf-8").splitlines() if line.strip()]
-        item_ids = getattr(getattr(self.trainer, "datamodule", None), "item_ids", None)
-        known = {
-            str(item): row for row, item in enumerate(range(self.num_items or 0) if item_ids is None else item_ids)
-        }
-        if not corpus:
-            raise MisconfigurationException("corpus: names no item; leave it out to rank all")
-        if unknown := [item for item in corpus if str(item) not in known]:
+        if self.corpus is None and (stage != "fit" or self.trainer.enable_validation):
             raise MisconfigurationException(
-                f"corpus: {len(unknown)} item(s) are not in the data, {unknown[0]!r} the first; leave them out"
+                "corpus: not given, and nothing else says which items to rank; name them in "
+                "RetrievalModule(corpus=...), or train with limit_val_batches: 0"
             )
-        return torch.tensor(sorted({known[str(item)] for item in corpus}))
 
     @override
     def configure_model(self) -> None:
@@ -208,16 +224,16 @@ class RetrievalModule(pl.LightningModule):
             return
         from torchrec import EmbeddingConfig
 
-        assert self.num_items is not None
         drawn = ["sampled"] if self.draws else []
         item_table = EmbeddingConfig(
             name="item",
-            num_embeddings=self.num_items,
+            num_embeddings=self.num_items or 1,  # dynamic tables do not ask
             embedding_dim=int(self.encoder.dim),  # type: ignore[arg-type]
             feature_names=["item_id", "target", *drawn, "corpus"],
             init_fn=functools.partial(torch.nn.init.normal_, std=self.embedding_std),
         )
-        self.tables = embedding_collection([item_table])
+        make_tables = embedding_collection if self.dynamic_tables is None else self.dynamic_tables.collection
+        self.tables = make_tables([item_table])
 
     @override
     def configure_optimizers(self) -> Any:
@@ -244,7 +260,6 @@ class RetrievalModule(pl.LightningModule):
         """
         from torchrec import KeyedJaggedTensor
 
-        assert self.num_items is not None
         num_sequences = batch.num_sequences
         nothing = (torch.zeros(0, dtype=torch.int64), torch.zeros(num_sequences, dtype=torch.int64))
         ids = {"item_id": (batch.features["item_id"].values(), batch.features["item_id"].lengths())}
@@ -260,6 +275,7 @@ class RetrievalModule(pl.LightningModule):
             if not (self.draws and training):
                 ids["target"] = (labels.values_N, labels_B)
             else:
+                assert self.num_items is not None
                 negatives_NR = self.negatives.sample(
                     num_items=self.num_items,
                     seed=torch.initial_seed(),
@@ -268,13 +284,12 @@ class RetrievalModule(pl.LightningModule):
                     positions_N=batch.layout.position_T[labels.tokens_N],
                 )
                 # Each item is looked up once; what a label is scored against is said by places among those.
-                drawn_NK = torch.cat([labels.values_N[:, None], negatives_NR], 1)
+                drawn_NK = torch.cat([labels.values_N[:, None], self._corpus.ids_of(negatives_NR)], 1)
                 items_U, places_NK = drawn_NK.unique(return_inverse=True)
                 ids["sampled"] = (items_U, _all_in_first(items_U, num_sequences))
                 ids["drawn"] = (places_NK.flatten(), labels_B * drawn_NK.shape[1])
         if not training or self.loss == "full_softmax":
-            named = None if training else self._corpus_rows
-            share_C = corpus_share(self.num_items if named is None else named, self.tables)
+            share_C = corpus_share(self._corpus.ids(ranked=not training), self.tables)
             ids["corpus"] = (share_C, _all_in_first(share_C, num_sequences))
         features = KeyedJaggedTensor(
             keys=list(ids),
@@ -415,13 +430,18 @@ class RetrievalModule(pl.LightningModule):
 
     @override
     def predict_step(self, batch: SequenceBatch, batch_idx: int) -> dict[str, Tensor]:
-        """The largest `top_k` best items of each user: ``sample_ids`` (B,), ``item_rows`` (B, K), ``scores`` (B, K)."""
+        """The largest `top_k` best items of each user: ``sample_ids`` (B,), ``item_rows`` (B, K), ``scores`` (B, K).
+
+        A row is -1 where there are fewer items. Where only `corpus` says which items there are, it is the item's id.
+        """
         found = self.score(self.embed(batch), batch.without_labels())
         assert found.candidates is not None
-        scores, rows = found.candidates.top_k(found.queries_ND, max(self.top_k), excluded=self._seen(found, batch))
+        scores, ids = found.candidates.top_k(found.queries_ND, max(self.top_k), excluded=self._seen(found, batch))
+        # -1 may be a raw id; where no item is left, the score says so.
+        rows = self._corpus.rows_of(ids).masked_fill(scores.cpu() == -torch.inf, -1)
         asks_B = batch.layout.lengths_B > 0
         assert bool((batch.sample_ids_B[asks_B] != PADDING_SAMPLE_ID).all())
-        return {"sample_ids": batch.sample_ids_B[asks_B], "item_rows": rows.cpu(), "scores": scores.cpu()}
+        return {"sample_ids": batch.sample_ids_B[asks_B], "item_rows": rows, "scores": scores.cpu()}
 
     def _seen(self, scores: RetrievalScores, batch: SequenceBatch) -> tuple[Tensor, Tensor] | None:
         """Each query with each item of its history."""
@@ -437,14 +457,7 @@ class RetrievalModule(pl.LightningModule):
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
     def _vocabulary(self) -> str | None:
-        """A fingerprint of which raw item each row stands for; None without a datamodule that knows."""
-        item_ids = getattr(getattr(self.trainer, "datamodule", None), "item_ids", None)
-        if item_ids is None:
-            return None
-        digest = hashlib.blake2b(digest_size=16)
-        for item_id in item_ids:
-            digest.update(f"{item_id}\n".encode())
-        return digest.hexdigest()
+        return item_vocabulary(getattr(self.trainer, "datamodule", None))
 
     @override
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -455,8 +468,8 @@ class RetrievalModule(pl.LightningModule):
         saved, present = checkpoint.get("item_vocabulary"), self._vocabulary()
         if saved and present and saved != present:
             raise MisconfigurationException(
-                "item vocabulary: the checkpoint was trained on other items than the data at hand, so rows would stand "
-                "for the wrong items; use the data it was trained on"
+                "item vocabulary: the checkpoint was trained on other items than the data at hand, or with other "
+                "raw_ids, so rows would stand for the wrong items; use the data and raw_ids it was trained on"
             )
 
 

@@ -216,9 +216,17 @@ class Watcher(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(folder: Path, module: Watcher, *, epochs: int, ckpt_path: Path | None = None, **changes: Any) -> Watcher:
+def fit(
+    folder: Path,
+    module: Watcher,
+    *,
+    epochs: int,
+    ckpt_path: Path | None = None,
+    trainer: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Watcher:
     given_: dict[str, Any] = {"global_tokens": 16, "max_length": 6, "num_items": 50} | changes
-    trainer = pl.Trainer(
+    run = pl.Trainer(
         accelerator="cpu",
         max_epochs=epochs,
         logger=False,
@@ -226,8 +234,9 @@ def fit(folder: Path, module: Watcher, *, epochs: int, ckpt_path: Path | None = 
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        **(trainer or {}),
     )
-    trainer.fit(module, datamodule=StreamDataModule(folder=str(folder), **given_), ckpt_path=ckpt_path)
+    run.fit(module, datamodule=StreamDataModule(folder=str(folder), **given_), ckpt_path=ckpt_path)
     return module
 
 
@@ -256,6 +265,23 @@ def test_a_run_stopped_anywhere_goes_on_with_the_first_batch_not_trained(folder:
     for done in range(1, len(whole)):
         resumed = fit(folder, Watcher(), epochs=3, ckpt_path=tmp_path / f"{done}.ckpt").trained
         assert resumed == whole[done:], done
+
+
+@pytest.mark.parametrize("trainer", [{}, {"limit_val_batches": 0}, {"max_steps": 1000}], ids=str)
+def test_a_run_saved_when_a_day_is_over_goes_on_with_the_next(folder: Path, tmp_path: Path, trainer: Any) -> None:
+    class AtTheEnd(Watcher):
+        def on_train_batch_end(self, *args: Any) -> None:
+            pass
+
+        def on_train_epoch_end(self) -> None:
+            if self.saves is not None:
+                self.trainer.save_checkpoint(self.saves / f"{self.current_epoch}.ckpt")
+
+    whole = fit(folder, AtTheEnd(tmp_path), epochs=3, trainer=trainer)
+    for day in range(3):
+        resumed = fit(folder, AtTheEnd(), epochs=3, ckpt_path=tmp_path / f"{day}.ckpt", trainer=trainer)
+        assert resumed.trained == [x for x in whole.trained if x[0] > day]
+        assert resumed.evaluated == [x for x in whole.evaluated if x[0] > day]
 
 
 def test_training_stops_where_the_log_stops_and_goes_on_another_day(folder: Path, tmp_path: Path) -> None:

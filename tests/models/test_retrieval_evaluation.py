@@ -133,7 +133,7 @@ def test_a_corpus_that_cannot_be_used_is_named(tmp_path: Path) -> None:
     file = tmp_path / "corpus.txt"
     file.write_text("30\n\n10\n10\n")
     for corpus in ([30, "10"], str(file)):
-        rows = setup(corpus)._corpus_rows
+        rows = setup(corpus)._corpus.ranked_C
         assert rows is not None
         assert rows.tolist() == [0, 2]
     with pytest.raises(FileNotFoundError, match="no such file; give one with an item id a line"):

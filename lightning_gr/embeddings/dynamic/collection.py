@@ -26,10 +26,10 @@ class DynamicEmbeddingModule(nn.Module):
 
     Args:
         tables: one config a table.
-        settings: of all of them together.
+        settings: of all of them together; those of single tables are the configs' own.
 
     Raises:
-        ValueError: two configs of one name and the like.
+        ValueError: two configs of one name and the like, or a table that lacks a setting of single tables.
     """
 
     def __init__(self, *, tables: Sequence[DynamicTableConfig], settings: DynamicTables | None = None) -> None:
@@ -37,6 +37,7 @@ class DynamicEmbeddingModule(nn.Module):
         check_configs(tables)
         self.configs = tuple(tables)
         self.settings = settings or DynamicTables()
+        self.settings.check(tables)
         self._engine: DynamicEngine | None = None
 
     def embedding_configs(self) -> Sequence[DynamicTableConfig]:

@@ -82,7 +82,8 @@ class DynamicTables:
         """Configs of dynamic tables in place of static ones.
 
         Args:
-            tables: TorchRec's ``EmbeddingConfig`` or ``EmbeddingBagConfig``; their number of rows does not count.
+            tables: TorchRec's ``EmbeddingConfig`` or ``EmbeddingBagConfig``. Their number of rows counts only where they
+                leave `init_fn` to TorchRec, which derives it from that number.
 
         Raises:
             ValueError: a policy for a table that there is not.
@@ -105,6 +106,24 @@ class DynamicTables:
             )
             for table in tables
         ]
+
+    def check(self, configs: Sequence[DynamicTableConfig]) -> None:
+        """Refuses settings of single tables that configs made by hand do not have.
+
+        Raises:
+            ValueError: names the setting and the table.
+        """
+        default = DynamicTables()
+        for config in configs:
+            if self.policy != default.policy and config.policy not in (self.policy, *self.policies.values()):
+                raise ValueError(f"table {config.name}: has not the policy of the settings; give it to its config too")
+            for name in ("precision", "hot_count", "placement", "cache_rows"):
+                ours = getattr(self, name)
+                if ours not in (getattr(default, name), getattr(config, name)):
+                    raise ValueError(
+                        f"table {config.name}: {name}={getattr(config, name)!r}, but {ours!r} in the settings, which "
+                        "only DynamicTables.collection hands on; give it to the table's config"
+                    )
 
     def collection(self, tables: Sequence[Any]) -> DynamicEmbeddingCollection:
         """A dynamic collection in place of an ``EmbeddingCollection`` of these configs."""
