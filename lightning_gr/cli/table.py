@@ -19,7 +19,7 @@ from lightning_gr.cli.errors import Parser, UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lightning_gr.embeddings.dynamic.dynamic_table import KeyRows
+    from lightning_gr.embeddings.dynamic.keyed_rows import KeyRows
     from lightning_gr.embeddings.dynamic.table_parts import TableHeader
 
 _FORMATS = (".parquet", ".safetensors")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from lightning_gr.cli import main
 from lightning_gr.embeddings.dynamic import Admission, DynamicEngine, DynamicTableConfig, TablePolicy
-from lightning_gr.embeddings.dynamic.dynamic_table import KeyRows
+from lightning_gr.embeddings.dynamic.keyed_rows import KeyRows
 from lightning_gr.embeddings.dynamic.row_storage import Metadata
 from lightning_gr.embeddings.dynamic.sparse_optimizers import SparseOptimizerConfig
 from lightning_gr.embeddings.dynamic.table_files import load_tables, save_tables

@@ -66,7 +66,7 @@ def train(world_size: int, folder: str, *, saves: str | None = None, ckpt_path: 
     from lightning_gr.plugins import SequenceBalancedStrategy
 
     pl.seed_everything(7)
-    policy = TablePolicy(max_rows=MAX_ROWS, ttl_steps=6, admission=Admission(min_count=2))
+    policy = TablePolicy(max_rows=MAX_ROWS, rows_per_group=64, ttl_steps=6, admission=Admission(min_count=2))
     module = RetrievalModule(
         encoder=HSTUEncoder(dim=8, num_layers=1, num_heads=2, max_length=8, dropout=0.0, time_bias=False),
         loss="sampled_softmax",

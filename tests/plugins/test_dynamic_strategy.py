@@ -267,8 +267,7 @@ def run_clipped_by_hand() -> tuple[float, float]:
     norm = training.clip_by_norm(model.head.parameters(), 1e9)
     total = sum(float(p.grad.double().pow(2).sum()) for p in model.head.parameters() if p.grad is not None)
     for engine in engines(model).values():
-        for p in range(len(engine.tables)):
-            total += float(engine._merged(p)[1].double().pow(2).sum())
+        total += float(engine.squared_norm())
     return float(norm), total**0.5
 
 

@@ -25,11 +25,10 @@ from lightning_gr.embeddings.dynamic.exchange import (
     LookupExchange,
     Placement,
 )
-from lightning_gr.embeddings.dynamic.gather_rows import sum_rows
 from lightning_gr.embeddings.dynamic.key_index import key_hash, top_bits
+from lightning_gr.embeddings.dynamic.pending_gradients import PendingGradients
 from lightning_gr.embeddings.dynamic.sparse_optimizers import SparseOptimizerConfig
 from lightning_gr.embeddings.dynamic.table_config import DynamicTableConfig, check_configs
-from lightning_gr.embeddings.dynamic.unique_keys import unique_keys
 
 _DEFAULT_LR = 0.05
 
@@ -116,7 +115,7 @@ class DynamicEngine:
         self.merge, self.encode_ids = merge, encode_ids
         self.lr_factor = 1.0
         self.next_step = 0
-        self.time = 0
+        self.time = self._observed = 0
         self.statistics = ExchangeStatistics()
         self._open: list[DynamicLookup] = []
         self._queue: list[DynamicLookup] = []
@@ -141,7 +140,7 @@ class DynamicEngine:
             )
             for members in grouped.values()
         ]
-        self._pending: list[list[tuple[Tensor, Tensor, Tensor | None]]] = [[] for _ in self.tables]
+        self._pending = [PendingGradients(dim=table.dim, device=self.device) for table in self.tables]
         # Logical tables in the order of physical ones.
         self.logical = [(p, local) for p, table in enumerate(self.tables) for local in range(len(table.configs))]
         self.configs = [self.tables[p].configs[local] for p, local in self.logical]
@@ -163,8 +162,11 @@ class DynamicEngine:
     # ---- forward -----------------------------------------------------------------------------------------------
 
     def observe_time(self, seconds: int) -> None:
-        """Tells the data's clock; it never goes back, and of all processes' clocks the latest counts."""
-        self.time = max(self.time, seconds)
+        """Tells the clock of the data looked up next; of all processes' the latest counts, and it never goes back.
+
+        A lookup that was prefetched has the clock of that moment.
+        """
+        self._observed = max(self._observed, seconds)
 
     def begin(self, features: Any, *, training: bool) -> DynamicLookup:
         """Starts a lookup: distinct keys and the exchange of their numbers. Changes no table, so it may run ahead.
@@ -188,7 +190,7 @@ class DynamicEngine:
             self.group,
             ids_N,
             offsets_T1,
-            time=self.time,
+            time=self._observed,
             dedup=self.dedup,
             precision=self.exchange_precision,
         )
@@ -299,62 +301,32 @@ class DynamicEngine:
                 rows = lookup.owned[p]
                 seeds = lookup.seeds[p] if self.tables[p].storage.precision != "fp32" else None
                 # What was exchanged is a sum of its own, which nobody else holds.
-                self._pending[p].append((rows, grads.div_(self.world_size) if self.world_size > 1 else grads, seeds))
+                self._pending[p].add(rows, grads.div_(self.world_size) if self.world_size > 1 else grads, seeds)
         self._open.clear()
-
-    def _merged(self, p: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Distinct rows of a physical table with the sum of their gradients since the last step."""
-        pending = self._pending[p]
-        if not pending:
-            none = torch.zeros(0, dtype=torch.int64, device=self.device)
-            return none, torch.zeros(0, self.tables[p].dim, device=self.device), None
-        rows, grads, seeds = pending[0]
-        if len(pending) > 1:
-            rows, grads = torch.cat([x[0] for x in pending]), torch.cat([x[1] for x in pending])
-            seeds = None if seeds is None else torch.cat([x[2] for x in pending if x[2] is not None])
-        if bool((rows < 0).any()):
-            has = rows >= 0
-            rows, grads, seeds = rows[has], grads[has], None if seeds is None else seeds[has]
-        unique = unique_keys(rows, [0, len(rows)])
-        if len(unique.ids_U) < len(rows):
-            grads = sum_rows(grads, unique.inverse_N, len(unique.ids_U))
-            if seeds is not None:
-                # Keys that share a row have different ones, and come in an order that depends on the processes.
-                seeds = torch.zeros_like(unique.ids_U).scatter_reduce_(
-                    0, unique.inverse_N, seeds, "amin", include_self=False
-                )
-            rows = unique.ids_U
-        self._pending[p] = [(rows, grads, seeds)]
-        return rows, grads, seeds
 
     # ---- the step ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def squared_norm(self) -> Tensor:
         """Sum of squares of all pending gradients of this process's rows, float64; sum it over processes."""
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        for p in range(len(self.tables)):
-            total += self._merged(p)[1].double().pow(2).sum()
-        return total
+        return torch.stack([pending.squared_norm() for pending in self._pending]).sum()
 
     @torch.no_grad()
     def scale_gradients(self, factor: float | Tensor) -> None:
         """Multiplies all pending gradients."""
-        for p in range(len(self.tables)):
-            rows, grads, seeds = self._merged(p)
-            self._pending[p] = [(rows, grads * factor, seeds)]
+        for pending in self._pending:
+            pending.scale(factor)
 
     @torch.no_grad()
     def clamp_gradients(self, limit: float) -> None:
         """Cuts every element of all pending gradients to [-limit, limit]."""
-        for p in range(len(self.tables)):
-            rows, grads, seeds = self._merged(p)
-            self._pending[p] = [(rows, grads.clamp(-limit, limit), seeds)]
+        for pending in self._pending:
+            pending.clamp(limit)
 
     @torch.no_grad()
     def gradients_are_finite(self) -> bool:
         """Whether no pending gradient of this process's rows is infinite or not a number."""
-        return all(bool(self._merged(p)[1].isfinite().all()) for p in range(len(self.tables)))
+        return all(pending.are_finite() for pending in self._pending)
 
     @torch.no_grad()
     def step(self) -> None:
@@ -366,7 +338,7 @@ class DynamicEngine:
             return
         self.flush()
         for p, table in enumerate(self.tables):
-            rows, grads, seeds = self._merged(p)
+            rows, grads, seeds = self._pending[p].merged()
             if len(rows):
                 assert table.optimizer.lr is not None
                 table.update(rows, grads, lr=table.optimizer.lr * self.lr_factor, step=self.next_step, seeds_U=seeds)
@@ -376,14 +348,15 @@ class DynamicEngine:
     def end_step(self) -> None:
         """Ends a step without an update of rows, or after it; pending gradients are dropped."""
         for p, table in enumerate(self.tables):
-            self._pending[p] = []
+            self._pending[p].clear()
             table.commit_step(self.next_step, self.time)
         self.next_step += 1
 
     def drop_gradients(self) -> None:
         """Forgets all pending gradients; every process does so at the same point."""
         self.flush()
-        self._pending = [[] for _ in self.tables]
+        for pending in self._pending:
+            pending.clear()
 
     # ---- by hand -----------------------------------------------------------------------------------------------
 

@@ -14,9 +14,6 @@ AdmissionCounter = Literal["exact", "sketch"]
 EvictionPolicy = Literal["lru", "lfu", "lfu_lru", "decayed", "score"]
 OnMissing = Literal["initial", "default_row", "bucket", "error"]
 
-_ROWS_OF_A_GROUP = 64
-"""Fewest rows of a budget's group: below it chance fills some groups long before others."""
-
 
 def _at_least(least: float, **settings: float | None) -> None:
     for name, value in settings.items():
@@ -94,6 +91,8 @@ class TablePolicy:
         eviction: which rows go when the budget is used up.
         max_rows: most rows of the table on all processes together, shared rows included; None sets no limit.
         max_bytes: the same in bytes: embedding, optimiser state, counters and the row's share of the key index.
+        rows_per_group: a budget is shared out over groups of keys of at least so many rows, which evict each for
+            itself. Small groups fill unevenly, so that eviction begins early; a group's rows are on one process.
         ttl_steps: a row that was not used for more steps than this is gone.
         ttl_seconds: the same in seconds of the data's own timestamps.
         on_missing: what a key gets that has no row of its own. `initial`: its own first values, untrained;
@@ -110,6 +109,7 @@ class TablePolicy:
     eviction: Eviction = field(default_factory=Eviction)
     max_rows: int | None = None
     max_bytes: int | None = None
+    rows_per_group: int = 1024
     ttl_steps: int | None = None
     ttl_seconds: int | None = None
     on_missing: OnMissing = "initial"
@@ -117,7 +117,8 @@ class TablePolicy:
     buckets_per_group: int = 1
 
     def __post_init__(self) -> None:
-        _at_least(1, max_rows=self.max_rows, max_bytes=self.max_bytes, buckets_per_group=self.buckets_per_group)
+        _at_least(1, max_rows=self.max_rows, max_bytes=self.max_bytes, rows_per_group=self.rows_per_group)
+        _at_least(1, buckets_per_group=self.buckets_per_group)
         _at_least(1, ttl_steps=self.ttl_steps, ttl_seconds=self.ttl_seconds)
         _one_of(OnMissing, on_missing=self.on_missing)
 
@@ -143,9 +144,9 @@ def row_budget(policy: TablePolicy, *, bytes_per_row: int, name: str) -> int | N
     return min(limits) if limits else None
 
 
-def group_bits(budget: int | None, virtual_shards: int) -> int:
+def group_bits(budget: int | None, virtual_shards: int, rows_per_group: int) -> int:
     """How many hash bits cut a table into groups: all of the virtual shards', or fewer for a small budget."""
     bits = virtual_shards.bit_length() - 1
     if budget is None:
         return bits
-    return max(min(bits, (budget // _ROWS_OF_A_GROUP).bit_length() - 1), 0)
+    return max(min(bits, (budget // rows_per_group).bit_length() - 1), 0)

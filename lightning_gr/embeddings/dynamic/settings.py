@@ -82,7 +82,7 @@ class DynamicTables:
         """Configs of dynamic tables in place of static ones.
 
         Args:
-            tables: TorchRec's ``EmbeddingConfig`` or ``EmbeddingBagConfig``. Their number of rows counts only where they
+            tables: TorchRec's ``EmbeddingConfig`` or ``EmbeddingBagConfig``. The number of rows counts only where they
                 leave `init_fn` to TorchRec, which derives it from that number.
 
         Raises:

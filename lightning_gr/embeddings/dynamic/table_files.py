@@ -18,9 +18,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_gr.embeddings.dynamic.admission import salts_of
-from lightning_gr.embeddings.dynamic.dynamic_table import DynamicTable, KeyRows
+from lightning_gr.embeddings.dynamic.dynamic_table import DynamicTable
 from lightning_gr.embeddings.dynamic.engine import DynamicEngine
 from lightning_gr.embeddings.dynamic.key_index import key_hash, top_bits
+from lightning_gr.embeddings.dynamic.keyed_rows import KeyRows
 from lightning_gr.embeddings.dynamic.row_storage import Metadata
 from lightning_gr.embeddings.dynamic.table_parts import (
     BUCKET,

@@ -154,7 +154,7 @@ def test_batches_with_little_or_nothing_in_them(pooled: bool) -> None:
     assert [len(table) for table in made.engine.tables] == [2, 1]
 
 
-@pytest.mark.parametrize("policy", [TablePolicy(), TablePolicy(max_rows=70, on_missing="bucket")])
+@pytest.mark.parametrize("policy", [TablePolicy(), TablePolicy(max_rows=70, rows_per_group=64, on_missing="bucket")])
 @pytest.mark.parametrize(
     ("more", "tolerance"),
     [
@@ -205,7 +205,7 @@ def test_precision_and_placement_reach_the_rows(policy: TablePolicy, more: dict[
 def test_settings_turn_static_tables_into_dynamic_ones() -> None:
     from torchrec import EmbeddingBagConfig, EmbeddingConfig, PoolingType
 
-    own, common = TablePolicy(max_rows=100), TablePolicy(ttl_steps=3)
+    own, common = TablePolicy(max_rows=100, rows_per_group=64), TablePolicy(ttl_steps=3)
     settings = DynamicTables(policy=common, policies={"tag": own})
     made = settings.configs(configs(EmbeddingConfig))
     assert [(x.name, x.embedding_dim, x.feature_names, x.policy) for x in made] == [

@@ -25,8 +25,8 @@ from lightning_gr.embeddings.dynamic import (
     SparseOptimizerConfig,
     TablePolicy,
     chunked_rows,
-    dynamic_table,
     key_index,
+    keyed_rows,
 )
 from lightning_gr.embeddings.dynamic.dynamic_table import DynamicTable
 from lightning_gr.embeddings.dynamic.first_values import first_values
@@ -346,6 +346,7 @@ def policies() -> st.SearchStrategy[TablePolicy]:
     def made(budget: int | None, on_missing: Any, per_group: int, **rest: Any) -> TablePolicy:
         return TablePolicy(
             max_rows=budget,
+            rows_per_group=64,
             on_missing=on_missing,
             buckets_per_group=min(per_group, (budget or 9) - 1),
             default_value=0.5,
@@ -457,6 +458,7 @@ def drawn_policy(rng: np.random.Generator, eviction: Any) -> TablePolicy:
     budget = rng.choice([12, 20, 130])
     return TablePolicy(
         max_rows=int(budget),
+        rows_per_group=64,
         admission=Admission(min_count=int(rng.integers(1, 4)), forget_after_steps=[None, 3][rng.integers(2)]),
         eviction=Eviction(eviction, slack=float(rng.choice([0, 0.25])), half_life_steps=math.pi),
         ttl_steps=[None, 2, 4][rng.integers(3)],
@@ -494,9 +496,10 @@ def test_long_lives_under_pressure(eviction: str, seed: int) -> None:
 @pytest.mark.parametrize("encode_ids", [False, True])
 def test_a_million_operations(encode_ids: bool) -> None:
     """Half of them of frequent ids; every statistic and every row, count and clock in the end."""
-    first = TablePolicy(max_rows=500, eviction=Eviction("lfu_lru", slack=0.125), ttl_steps=8)
+    first = TablePolicy(max_rows=500, rows_per_group=64, eviction=Eviction("lfu_lru", slack=0.125), ttl_steps=8)
     second = TablePolicy(
-        max_rows=2000, admission=Admission(min_count=2, forget_after_steps=40), eviction=Eviction("lru", slack=0.25),
+        max_rows=2000, rows_per_group=64, eviction=Eviction("lru", slack=0.25),
+        admission=Admission(min_count=2, forget_after_steps=40),
         on_missing="bucket", ttl_seconds=60,
     )  # fmt: skip
     pair, generator = Pair([first, second], encode_ids=encode_ids), np.random.default_rng(3)
@@ -521,7 +524,7 @@ def test_a_million_operations(encode_ids: bool) -> None:
 
 def test_ten_million_ids_never_exceed_a_budget() -> None:
     """In rows and in bytes, beside a table without budget that keeps all it has."""
-    by_rows = TablePolicy(max_rows=20_000)
+    by_rows = TablePolicy(max_rows=20_000, rows_per_group=64)
     table = table_of([by_rows, TablePolicy()], dim=4)
     kept_ids = torch.arange(-500, 500)
     table.lookup(kept_ids, [0, 0, 1000], torch.ones_like(kept_ids), step=0, time=0, training=True)
@@ -544,7 +547,7 @@ def test_ten_million_ids_never_exceed_a_budget() -> None:
 
 @pytest.mark.parametrize("max_bytes", [10_000, 300_000])
 def test_a_budget_in_bytes_holds_rows_and_keys(max_bytes: int) -> None:
-    table = table_of([TablePolicy(max_bytes=max_bytes, eviction=Eviction(slack=0.0))], dim=4)
+    table = table_of([TablePolicy(max_bytes=max_bytes, rows_per_group=64, eviction=Eviction(slack=0.0))], dim=4)
     per_row = table.storage.row_bytes + 14 / 0.375  # a slot of 14 bytes, at the load of a doubled index
     for step in range(3):
         ids_U = torch.arange(10_000) * 0x9E3779B97F4A7C1 + step
@@ -554,7 +557,10 @@ def test_a_budget_in_bytes_holds_rows_and_keys(max_bytes: int) -> None:
 
 def test_growth_changes_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
     def trained() -> list[list[Any]]:
-        table, generator = table_of([TablePolicy(), TablePolicy(max_rows=200)]), torch.Generator().manual_seed(1)
+        table, generator = (
+            table_of([TablePolicy(), TablePolicy(max_rows=200, rows_per_group=64)]),
+            torch.Generator().manual_seed(1),
+        )
         for step in range(30):
             ids = torch.randint(-(2**62), 2**62, (60,), generator=generator)
             ids[:10] = torch.arange(10)
@@ -566,8 +572,8 @@ def test_growth_changes_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
                 (table.rows_of(0), table.rows_of(1))]  # fmt: skip
 
     whole = trained()
-    monkeypatch.setattr(dynamic_table, "RowStorage", functools.partial(dynamic_table.RowStorage, chunk_rows=4))
-    monkeypatch.setattr(dynamic_table, "KeyIndex", functools.partial(dynamic_table.KeyIndex, capacity=8))
+    monkeypatch.setattr(keyed_rows, "RowStorage", functools.partial(keyed_rows.RowStorage, chunk_rows=4))
+    monkeypatch.setattr(keyed_rows, "KeyIndex", functools.partial(keyed_rows.KeyIndex, capacity=8))
     assert trained() == whole
 
 
@@ -576,10 +582,10 @@ def test_growth_changes_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_memory_the_table_stays_as_it_was(
     where: str, num_before: int, on_missing: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dynamic_table, "RowStorage", functools.partial(dynamic_table.RowStorage, chunk_rows=64))
-    monkeypatch.setattr(dynamic_table, "KeyIndex", functools.partial(dynamic_table.KeyIndex, capacity=8))
+    monkeypatch.setattr(keyed_rows, "RowStorage", functools.partial(keyed_rows.RowStorage, chunk_rows=64))
+    monkeypatch.setattr(keyed_rows, "KeyIndex", functools.partial(keyed_rows.KeyIndex, capacity=8))
     policy = TablePolicy(admission=Admission(min_count=2), on_missing=on_missing)
-    pair = Pair([policy, TablePolicy(max_rows=4000)])
+    pair = Pair([policy, TablePolicy(max_rows=4000, rows_per_group=64)])
     for _ in range(2 * num_before):
         pair.lookup([list(range(num_before)), list(range(-9, 0))], training=True, distinct=True)
         pair.commit()
@@ -613,9 +619,9 @@ def test_without_memory_the_table_stays_as_it_was(
 
 def test_a_budget_without_room_is_refused() -> None:
     with pytest.raises(ValueError, match="table a: a budget of 3 rows has no room beside its shared rows"):
-        table_of([TablePolicy(max_rows=3, on_missing="bucket", buckets_per_group=3)])
+        table_of([TablePolicy(max_rows=3, rows_per_group=64, on_missing="bucket", buckets_per_group=3)])
     with pytest.raises(ValueError, match="table a: max_bytes=9, but one row takes"):
-        table_of([TablePolicy(max_bytes=9)])
+        table_of([TablePolicy(max_bytes=9, rows_per_group=64)])
 
 
 def test_bit_encoding_refuses_what_does_not_fit() -> None:

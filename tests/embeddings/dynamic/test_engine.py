@@ -25,7 +25,12 @@ FEATURES = ["k", "f", "g", "h"]
 ANY_ID = torch.tensor([0, -1, 2**63 - 1, -(2**63), *range(1, 400)])
 SMALL_ID = torch.arange(400)
 BUSY = TablePolicy(
-    admission=Admission(min_count=2), max_rows=130, ttl_steps=9, on_missing="bucket", eviction=Eviction("lfu_lru")
+    admission=Admission(min_count=2),
+    max_rows=130,
+    rows_per_group=64,
+    ttl_steps=9,
+    on_missing="bucket",
+    eviction=Eviction("lfu_lru"),
 )
 CALM = TablePolicy()
 
@@ -129,7 +134,13 @@ def assert_equal(a: Any, b: Any) -> None:
 
 @pytest.mark.parametrize(
     "policy",
-    [BUSY, CALM, TablePolicy(max_bytes=20_000, eviction=Eviction("decayed"), ttl_seconds=60, on_missing="default_row")],
+    [
+        BUSY,
+        CALM,
+        TablePolicy(
+            max_bytes=20_000, rows_per_group=64, eviction=Eviction("decayed"), ttl_seconds=60, on_missing="default_row"
+        ),
+    ],
 )
 @pytest.mark.parametrize(
     "settings",
@@ -161,7 +172,7 @@ def test_merging_encoding_and_deduplication_change_no_number(policy: TablePolicy
 
 def test_a_neighbours_scores_take_no_bytes_of_a_budget() -> None:
     def rows(merge: bool) -> list[int]:
-        policies = [TablePolicy(max_bytes=20_000), TablePolicy(eviction=Eviction("score"))]
+        policies = [TablePolicy(max_bytes=20_000, rows_per_group=64), TablePolicy(eviction=Eviction("score"))]
         configs = [DynamicTableConfig(f"t{i}", 8, [f"f{i}"], policy=policy) for i, policy in enumerate(policies)]
         engine = DynamicEngine(configs=configs, optimizer=SparseOptimizerConfig("sgd"), seed=0, merge=merge)
         return [budget for table in engine.tables for budget in table.budgets if budget is not None]

@@ -30,20 +30,22 @@ NUM_STEPS, B = 24, 6
 EXTREMES = [0, -1, 2**63 - 1, -(2**63)]
 POLICIES = {
     "plain": TablePolicy(),
-    "lru": TablePolicy(max_rows=130, ttl_steps=5),
+    "lru": TablePolicy(max_rows=130, rows_per_group=64, ttl_steps=5),
     "lfu": TablePolicy(
-        max_rows=100, eviction=Eviction("lfu"), admission=Admission(min_count=2, forget_after_steps=9),
+        max_rows=100, rows_per_group=64, eviction=Eviction("lfu"),
+        admission=Admission(min_count=2, forget_after_steps=9),
         on_missing="bucket", buckets_per_group=2,
     ),
     "lfu_lru": TablePolicy(
-        max_rows=40, eviction=Eviction("lfu_lru", slack=0.25), ttl_seconds=45, on_missing="default_row",
+        max_rows=40, rows_per_group=64, eviction=Eviction("lfu_lru", slack=0.25), ttl_seconds=45,
+        on_missing="default_row",
         default_value=0.5,
     ),
     "decayed": TablePolicy(
-        max_bytes=14_000, eviction=Eviction("decayed", half_life_steps=3.3),
+        max_bytes=14_000, rows_per_group=64, eviction=Eviction("decayed", half_life_steps=3.3),
         admission=Admission(min_count=2, counter="sketch", sketch_width=16),
     ),
-    "score": TablePolicy(max_rows=70, eviction=Eviction("score", slack=0.0), on_missing="bucket"),
+    "score": TablePolicy(max_rows=70, rows_per_group=64, eviction=Eviction("score", slack=0.0), on_missing="bucket"),
 }  # fmt: skip
 
 

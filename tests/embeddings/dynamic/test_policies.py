@@ -78,10 +78,10 @@ def test_the_lesser_of_two_budgets_counts() -> None:
         row_budget(TablePolicy(max_bytes=9), bytes_per_row=10, name="t")
 
 
-@given(budget=st.integers(1, 1 << 40), shard_bits=st.integers(0, 20))
-def test_groups_are_as_many_as_have_64_rows_each(budget: int, shard_bits: int) -> None:
-    groups = 1 << group_bits(budget, 1 << shard_bits)
+@given(budget=st.integers(1, 1 << 40), shard_bits=st.integers(0, 20), least=st.integers(1, 5000))
+def test_groups_are_as_many_as_have_enough_rows_each(budget: int, shard_bits: int, least: int) -> None:
+    groups = 1 << group_bits(budget, 1 << shard_bits, least)
     assert groups <= 1 << shard_bits
-    assert groups == 1 or budget // groups >= 64
-    assert groups == 1 << shard_bits or budget // (2 * groups) < 64
-    assert group_bits(None, 1 << shard_bits) == shard_bits
+    assert groups == 1 or budget // groups >= least
+    assert groups == 1 << shard_bits or budget // (2 * groups) < least
+    assert group_bits(None, 1 << shard_bits, least) == shard_bits

@@ -57,10 +57,10 @@ class Features:
 
 def engine_of(group: Any = None, **changed: Any) -> DynamicEngine:
     policies: dict[str, TablePolicy] = {
-        "item": TablePolicy(max_rows=256, eviction=Eviction("lfu_lru", slack=0.1), ttl_steps=40),
-        "shop": TablePolicy(admission=Admission(min_count=3), max_rows=256, on_missing="bucket"),
+        "item": TablePolicy(max_rows=256, rows_per_group=64, eviction=Eviction("lfu_lru", slack=0.1), ttl_steps=40),
+        "shop": TablePolicy(admission=Admission(min_count=3), max_rows=256, rows_per_group=64, on_missing="bucket"),
         "word": TablePolicy(admission=Admission(min_count=2, counter="sketch", sketch_width=32)),
-        "score": TablePolicy(max_rows=256, eviction=Eviction("score")),
+        "score": TablePolicy(max_rows=256, rows_per_group=64, eviction=Eviction("score")),
     } | changed.pop("policies", {})
     widths = {"item": 4, "shop": 4, "word": 3, "score": 3} | changed.pop("widths", {})
     precision = {"item": "fp32", "shop": "fp32", "word": "bf16", "score": "mixed"} | changed.pop("precision", {})
@@ -267,7 +267,7 @@ def test_precision_may_change(saved: tuple[Path, dict[str, Any]]) -> None:
 
 
 def test_a_lowered_budget_evicts_where_it_is_read(saved: tuple[Path, dict[str, Any]]) -> None:
-    policy = TablePolicy(max_rows=32, eviction=Eviction("lfu_lru"))
+    policy = TablePolicy(max_rows=32, rows_per_group=64, eviction=Eviction("lfu_lru"))
     state = job(str(saved[0]), range(0), None, {"policies": {"item": policy}})
     # One group of 32 rows: the least often used go, of those the least recently, of those the least id.
     kept = sorted(saved[1]["item"], key=lambda i: (*map(int, saved[1]["item"][i][2:4]), i))[-32:]
