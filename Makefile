@@ -1,5 +1,6 @@
 # make demo | make test | make lint | make env | make clean
-# Each makes the environment in .venv if it is missing. PIP_FLAGS is passed to every pip install.
+# Each makes the environment in .venv if it is missing. PIP_FLAGS is passed to every pip install; WORKERS is how many
+# processes share the files of the tests.
 
 PYTHON ?= python3
 PIP_FLAGS ?=
@@ -8,6 +9,7 @@ RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.complete
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
 PINS := constraints/cpu.txt
+WORKERS := 2
 
 .PHONY: demo test lint env clean
 .DEFAULT_GOAL := help
@@ -24,7 +26,7 @@ demo: $(STAMP)
 	@$(RUN) -m lightning_gr demo $(if $(DATA),--data "$(DATA)")
 
 test: $(STAMP)
-	@$(RUN) -m pytest -q -m "not gpu"
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m "not gpu" -n $(WORKERS) --dist loadfile
 
 lint: $(STAMP)
 	@$(RUN) -m ruff check .
