@@ -167,6 +167,7 @@ def stopwatches(spent: dict[str, float]) -> Iterator[None]:
         exchange,
         gather_rows,
         key_index,
+        pending_gradients,
         row_storage,
     )
 
@@ -209,7 +210,7 @@ def stopwatches(spent: dict[str, float]) -> Iterator[None]:
         (engine.DynamicEngine, "received", "unpack rows"),
         (engine.DynamicEngine, "_send_gradients", "pack gradients"),
         (engine.DynamicEngine, "flush", "unpack gradients"),
-        (engine.DynamicEngine, "_merged", "merge"),
+        (pending_gradients.PendingGradients, "merged", "merge"),
     ]
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in watch]
     try:
