@@ -44,6 +44,14 @@ class DynamicEmbeddingModule(nn.Module):
         """The tables' configs."""
         return self.configs
 
+    def embedding_names_by_table(self) -> list[list[str]]:
+        """Names of the outputs of each table, in the order of the configs."""
+        features = [feature for config in self.configs for feature in config.feature_names]
+        return [
+            [f"{name}@{config.name}" if features.count(name) > 1 else name for name in config.feature_names]
+            for config in self.configs
+        ]
+
     @property
     def engine(self) -> DynamicEngine:
         """The tables of this process; made for one process where nothing has sharded the collection."""
@@ -72,6 +80,10 @@ class DynamicEmbeddingCollection(DynamicEmbeddingModule):
 
 class DynamicEmbeddingBagCollection(DynamicEmbeddingModule):
     """Pools the rows of each sample's ids, as TorchRec's ``EmbeddingBagCollection`` does."""
+
+    def embedding_bag_configs(self) -> Sequence[DynamicTableConfig]:
+        """The tables' configs."""
+        return self.configs
 
     @override
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:

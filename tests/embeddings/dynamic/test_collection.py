@@ -217,3 +217,21 @@ def test_settings_turn_static_tables_into_dynamic_ones() -> None:
     assert [x.pooling for x in pooled] == ["mean", "mean"]
     assert {x.pooling for x in settings.configs(configs(EmbeddingBagConfig))} == {"sum"}
     assert list(settings.collection(configs(EmbeddingConfig)).state_dict()) == []
+
+
+def test_outputs_are_named_as_torchrec_names_them() -> None:
+    from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor
+
+    tables = {"t": ["f", "g"], "u": ["g"], "v": ["h"]}
+    theirs = EmbeddingCollection(
+        tables=[
+            EmbeddingConfig(name=name, num_embeddings=4, embedding_dim=4, feature_names=list(features))
+            for name, features in tables.items()
+        ]
+    )
+    ours = DynamicEmbeddingCollection(
+        tables=[DynamicTableConfig(name, 4, features) for name, features in tables.items()]
+    )
+    features = KeyedJaggedTensor(keys=["f", "g", "h"], values=torch.tensor([1, 2, 3]), lengths=torch.ones(3).long())
+    assert ours.embedding_names_by_table() == theirs.embedding_names_by_table()
+    assert sorted(ours(features)) == ["f", "g@t", "g@u", "h"]
