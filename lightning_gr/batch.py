@@ -88,6 +88,8 @@ class SequenceBatch:
         request_timestamps_T: time of the request that each token answers, int64 seconds. In retrieval it is the
             next event's time; None means `timestamps_T`.
         dense: numeric features by name, float tensors whose first dimension is ``T`` or ``B``.
+        holds_corpus: whether `features` hold the items to rank instead of a loss's candidates, the same on every rank,
+            some of which may hold none of them; set by models.
 
     Raises:
         ValueError: host counts disagree with each other or with a tensor's shape.
@@ -103,6 +105,7 @@ class SequenceBatch:
     timestamps_T: Tensor | None = None
     request_timestamps_T: Tensor | None = None
     dense: dict[str, Tensor] = field(default_factory=dict)
+    holds_corpus: bool = False
     layout: JaggedLayout = field(init=False)
 
     def __post_init__(self) -> None:
@@ -226,9 +229,9 @@ class SequenceBatch:
         ]
         return torch.stack(terms).sum()
 
-    def with_features(self, features: KeyedJaggedTensor) -> SequenceBatch:
+    def with_features(self, features: KeyedJaggedTensor, *, holds_corpus: bool = False) -> SequenceBatch:
         """A batch with other sparse features and everything else shared."""
-        return self._with(features=features)
+        return self._with(features=features, holds_corpus=holds_corpus)
 
     def without_labels(self) -> SequenceBatch:
         """A batch without labels and everything else shared."""

@@ -31,6 +31,7 @@ from lightning_gr.embeddings.dynamic.engine import DynamicEngine, DynamicLookup
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from datetime import timedelta
 
     from torchrec.distributed.types import ShardingEnv
 
@@ -164,11 +165,14 @@ class _Sharder(ModuleSharder[nn.Module]):  # type: ignore[misc]
         kind: the collection's class.
         optimizer: of tables without their own.
         seed: of the run, equal on all ranks.
+        timeout: how long a collective may wait for the slowest rank.
     """
 
-    def __init__(self, *, kind: type[DynamicEmbeddingModule], optimizer: SparseOptimizerConfig, seed: int) -> None:
+    def __init__(
+        self, *, kind: type[DynamicEmbeddingModule], optimizer: SparseOptimizerConfig, seed: int, timeout: timedelta
+    ) -> None:
         super().__init__()
-        self._kind, self._optimizer, self._seed = kind, optimizer, seed
+        self._kind, self._optimizer, self._seed, self._timeout = kind, optimizer, seed, timeout
 
     @override
     def shard(
@@ -180,7 +184,7 @@ class _Sharder(ModuleSharder[nn.Module]):  # type: ignore[misc]
         module_fqn: str | None = None,
     ) -> ShardedDynamicCollection:
         assert env.process_group is not None
-        group = dist.new_group(dist.get_process_group_ranks(env.process_group))
+        group = dist.new_group(dist.get_process_group_ranks(env.process_group), timeout=self._timeout)
         return ShardedDynamicCollection(
             module, optimizer=self._optimizer, seed=self._seed, device=device or torch.device("cpu"), group=group
         )
@@ -216,9 +220,9 @@ def sharded_dynamic_collections(module: nn.Module) -> dict[str, ShardedDynamicCo
     return {name: child for name, child in module.named_modules() if isinstance(child, ShardedDynamicCollection)}
 
 
-def dynamic_sharders(*, optimizer: SparseOptimizerConfig, seed: int) -> list[ModuleSharder[Any]]:
+def dynamic_sharders(*, optimizer: SparseOptimizerConfig, seed: int, timeout: timedelta) -> list[ModuleSharder[Any]]:
     """A sharder for each kind of dynamic collection."""
     return [
-        _Sharder(kind=kind, optimizer=optimizer, seed=seed)
+        _Sharder(kind=kind, optimizer=optimizer, seed=seed, timeout=timeout)
         for kind in (DynamicEmbeddingCollection, DynamicEmbeddingBagCollection)
     ]

@@ -56,7 +56,7 @@ class DynamicTraining:
             ):
                 if value:
                     raise MisconfigurationException(
-                        f"{name}={value}: {path} updates its rows in backward, before it could apply; set "
+                        f"{name}={value}: rows of {path} are updated in backward, before it could apply; set "
                         "dynamic_tables.update to step"
                     )
 
@@ -74,6 +74,11 @@ class DynamicTraining:
             if self._wants_time or times_T.device.type == "cpu":
                 for engine in self.engines.values():
                     engine.observe_time(int(times_T.max()))
+
+    def end_backward(self) -> None:
+        """Completes the exchange of gradients of a micro-batch, where every rank comes by in the same order."""
+        for engine in self.engines.values():
+            engine.flush()
 
     def flush(self, dense_parameters: list[Tensor], scaler: torch.amp.GradScaler | None) -> bool:
         """Completes the sparse gradients after backward; with a scaler, unscales them.
@@ -98,7 +103,7 @@ class DynamicTraining:
         dist.all_reduce(infinite, op=dist.ReduceOp.MAX)
         if bool(infinite):
             if grads:
-                grads[0].view(-1)[:1].fill_(torch.inf)
+                grads[0].fill_(torch.inf)
             return True
         for engine in self.engines.values():
             engine.scale_gradients(1.0 / scaler.get_scale())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -57,6 +58,7 @@ def make_plan(
     num_local: int,
     dynamic_optimizer: SparseOptimizerConfig,
     seed: int,
+    timeout: timedelta,
     dedup: bool = True,
 ) -> tuple[Any, list[Any]]:
     """The sharding plan of all collections, static and dynamic, and the sharders; a collective call.
@@ -69,6 +71,7 @@ def make_plan(
         num_local: processes on this node.
         dynamic_optimizer: of dynamic tables without their own.
         seed: of the run, equal on all ranks.
+        timeout: how long a collective of dynamic tables may wait.
         dedup: whether ids of ``EmbeddingCollection`` tables are made distinct before they travel.
 
     Returns:
@@ -93,7 +96,7 @@ def make_plan(
     sharders: list[Any] = [
         EmbeddingCollectionSharder(use_index_dedup=dedup),
         EmbeddingBagCollectionSharder(),
-        *dynamic_sharders(optimizer=dynamic_optimizer, seed=seed),
+        *dynamic_sharders(optimizer=dynamic_optimizer, seed=seed, timeout=timeout),
     ]
     constraints = {}
     for collection in static_collections(module).values():

@@ -119,6 +119,7 @@ class SequenceBalancedStrategy(DDPStrategy):
         self.sparse_optimizer = sparse_optimizer
         self.sparse_lr = sparse_lr
         self.static_dedup = static_dedup
+        self.collective_timeout = timeout
         self.find_unused_parameters = find_unused_parameters
         self.bucket_cap_mb = bucket_cap_mb
         self._dmp: DistributedModelParallel | None = None
@@ -229,6 +230,7 @@ class SequenceBalancedStrategy(DDPStrategy):
             dynamic_optimizer=sparse,
             seed=seed,
             dedup=self.static_dedup,
+            timeout=self.collective_timeout,
         )
         # Tables that the module built with values keep them: TorchRec copies them into the shards.
         dmp = DistributedModelParallel(
@@ -350,7 +352,9 @@ class SequenceBalancedStrategy(DDPStrategy):
 
     @override
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Nothing: the base class looks for a bare DDP model."""
+        """Completes the gradients of dynamic tables; the base class looks for a bare DDP model."""
+        assert self._dynamic is not None
+        self._dynamic.end_backward()
 
     @override
     def optimizer_step(

@@ -63,7 +63,7 @@ class GlooPool:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         context = multiprocessing.get_context("spawn")
-        self.world_size = world_size
+        self.world_size, self.closed = world_size, False
         self._pipes, self._processes = [], []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
@@ -78,13 +78,19 @@ class GlooPool:
             pipe.send((file, function.__name__, args, kwargs))
         results = []
         for rank, pipe in enumerate(self._pipes):
-            assert pipe.poll(timeout), f"rank {rank} of {self.world_size} did not answer within {timeout} s"
+            if not pipe.poll(timeout):
+                self.close()
+            assert not self.closed, f"rank {rank} of {self.world_size} did not answer within {timeout} s"
             results.append(pipe.recv())
         failures = [text for ok, text in results if not ok]
+        if failures:
+            # The ranks may be out of step with each other; the next test gets new ones.
+            self.close()
         assert not failures, "\n".join(failures)
         return [value for _, value in results]
 
     def close(self) -> None:
+        self.closed = True
         for process in self._processes:
             process.kill()
 
@@ -95,7 +101,7 @@ def gloo() -> Iterator[Callable[[int], GlooPool]]:
     pools: dict[int, GlooPool] = {}
 
     def pool(world_size: int) -> GlooPool:
-        if world_size not in pools:
+        if world_size not in pools or pools[world_size].closed:
             pools[world_size] = GlooPool(world_size)
         return pools[world_size]
 

@@ -149,7 +149,7 @@ class CandidateBlock:
     def ranks(self, queries_ND: Tensor, targets_N: Tensor, *, excluded: Pairs | None = None) -> Tensor:
         """The rank of each query's target among the candidates, 1 being the best; ids must not repeat.
 
-        Ties count against the model, NaN scores are last, and so is a target that is excluded or no candidate.
+        Ties count against the model. A target whose score is NaN, or that is excluded or no candidate, is behind all.
 
         Args:
             queries_ND: queries of this process.
@@ -176,8 +176,9 @@ class CandidateBlock:
         ahead_M = torch.zeros_like(targets_M)
         for _, scores in chunks:
             ahead_M += (scores >= of_target_M[:, None]).sum(1)
-        # A target that cannot be found, of score minus infinity, has every candidate before it.
-        return peers.own(_over_processes(ahead_M, self.group, dist.ReduceOp.SUM)).clamp(min=1)
+        # A target that cannot be found, of score minus infinity, has every candidate before it and is none itself.
+        ahead_M = _over_processes(ahead_M, self.group, dist.ReduceOp.SUM) + (of_target_M == -torch.inf)
+        return peers.own(ahead_M)
 
     @torch.no_grad()
     def top_k(self, queries_ND: Tensor, k: int, *, excluded: Pairs | None = None) -> tuple[Tensor, Tensor]:
@@ -199,7 +200,7 @@ class CandidateBlock:
         best = torch.full((len(queries_MD), k), -torch.inf, device=queries_MD.device)
         ids = torch.full((len(queries_MD), k), -1, dtype=torch.int64, device=queries_MD.device)
         for first, scores in _scores(queries_MD, self.embeddings_CD, cells, nan_last=True):
-            found, columns = scores.topk(min(k, scores.shape[1]), dim=1)
+            found, columns = _top_k(scores, self.ids_C[first : first + scores.shape[1]], k)
             best, ids = _merged([best, found], [ids, self.ids_C[first + columns]], k)
         best, ids = _merged(_blocks(best, self.group), _blocks(ids, self.group), k)
         return peers.own(best), peers.own(ids.masked_fill(best == -torch.inf, -1))
@@ -380,6 +381,21 @@ def _over_processes(values: Tensor, group: dist.ProcessGroup | None, how: Any) -
         values = values.contiguous()
         dist.all_reduce(values, op=how, group=group)
     return values
+
+
+def _top_k(scores: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The best of some columns, of equal scores those of lower ids, in any order; and which columns they are."""
+    k = min(k, scores.shape[1])
+    found, columns = scores.topk(k, dim=1)
+    if k == 0:
+        return found, columns
+    # More candidates reach the last score than there is room for, and `topk` takes any of them.
+    tied = ((scores >= found[:, -1:]).sum(1) > k).nonzero()[:, 0]
+    if len(tied):
+        by_id = ids.argsort()
+        sorted_scores, order = scores[tied][:, by_id].sort(dim=1, descending=True, stable=True)
+        found[tied], columns[tied] = sorted_scores[:, :k], by_id[order[:, :k]]
+    return found, columns
 
 
 def _merged(scores: list[Tensor], ids: list[Tensor], k: int) -> tuple[Tensor, Tensor]:

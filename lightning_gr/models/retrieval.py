@@ -288,7 +288,8 @@ class RetrievalModule(pl.LightningModule):
                 items_U, places_NK = drawn_NK.unique(return_inverse=True)
                 ids["sampled"] = (items_U, _all_in_first(items_U, num_sequences))
                 ids["drawn"] = (places_NK.flatten(), labels_B * drawn_NK.shape[1])
-        if not training or self.loss == "full_softmax":
+        holds_corpus = not training or self.loss == "full_softmax"
+        if holds_corpus:
             share_C = corpus_share(self._corpus.ids(ranked=not training), self.tables)
             ids["corpus"] = (share_C, _all_in_first(share_C, num_sequences))
         features = KeyedJaggedTensor(
@@ -296,7 +297,7 @@ class RetrievalModule(pl.LightningModule):
             values=torch.cat([values for values, _ in ids.values()]),
             lengths=torch.cat([lengths.to(torch.int64) for _, lengths in ids.values()]),
         )
-        return batch.with_features(features)
+        return batch.with_features(features, holds_corpus=holds_corpus)
 
     def embed(self, batch: SequenceBatch) -> dict[str, Tensor]:
         """Looks up ``item_id`` (T, D), ``target`` (N, D), ``sampled`` (U, D) and ``corpus`` (C, D)."""
@@ -347,7 +348,7 @@ class RetrievalModule(pl.LightningModule):
 
     def _has_negatives(self, batch: SequenceBatch) -> bool:
         """Whether the batch was made for a loss over negatives; otherwise it holds the corpus."""
-        return self.loss != "full_softmax" and not batch.features["corpus"].values().shape[0]
+        return not batch.holds_corpus
 
     def _normalised(self, vectors: Tensor) -> Tensor:
         return F.normalize(vectors, dim=-1, eps=1e-6) if self.similarity == "cosine" else vectors

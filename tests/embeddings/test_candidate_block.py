@@ -130,7 +130,7 @@ def test_ranks_and_best_are_those_of_a_sorted_list(gloo: Any, world_size: int, c
     ranks, best, top = [], [], []
     for row, target in zip(scores, p["targets"].tolist(), strict=True):
         of_target = row[ids.index(target)]
-        ranks.append(int((row >= of_target).sum()))
+        ranks.append(int((row >= of_target).sum()) + (of_target == -np.inf))  # behind all, if it is none of them
         order = [i for i in np.argsort(-row).tolist() if row[i] > -np.inf][:4]
         top.append(([ids[i] for i in order] + [-1] * 4)[:4])
         best.append(([float(row[i]) for i in order] + [-np.inf] * 4)[:4])
@@ -163,7 +163,7 @@ def test_ties_nan_and_targets_that_are_no_candidates() -> None:
     candidates = torch.tensor([[1.0], [2.0], [2.0], [float("nan")], [0.5]])
     block = CandidateBlock(candidates, torch.tensor([4, 7, 5, 6, 1]))
     ranks = block.ranks(torch.ones(6, 1), torch.tensor([7, 5, 4, 6, 1, 99]))
-    assert ranks.tolist() == [2, 2, 3, 5, 4, 5]
+    assert ranks.tolist() == [2, 2, 3, 6, 4, 6]
     scores, ids = block.top_k(torch.ones(1, 1), 6)
     assert ids.tolist() == [[5, 7, 4, 1, -1, -1]]
     assert scores[0, :4].tolist() == [2.0, 2.0, 1.0, 0.5]
@@ -202,3 +202,19 @@ def test_shares_of_a_corpus_are_those_of_row_wise_sharding() -> None:
 def test_shapes_that_do_not_fit_are_named() -> None:
     with pytest.raises(ValueError, match=r"CandidateBlock: expected embeddings \(C, D\) and ids \(C,\)"):
         CandidateBlock(torch.zeros(3, 2), torch.zeros(4, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("cells", [1 << 26, 64])
+def test_of_equal_scores_the_lower_ids_are_best(cells: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(candidate_block, "_CELLS_AT_ONCE", cells)
+    ids = torch.randperm(1000, generator=torch.Generator().manual_seed(1))
+    candidates = torch.ones(1000, 4)
+    candidates[ids == 700] = 2
+    _, found = CandidateBlock(candidates, ids).top_k(torch.ones(2, 4), 5)
+    assert found.tolist() == [[700, 0, 1, 2, 3]] * 2
+
+
+def test_a_target_that_is_no_candidate_is_behind_all() -> None:
+    block = CandidateBlock(torch.ones(3, 2), torch.arange(3))
+    assert block.ranks(torch.ones(2, 2), torch.tensor([7, 1])).tolist() == [4, 3]
+    assert CandidateBlock(torch.ones(0, 2), torch.arange(0)).ranks(torch.ones(1, 2), torch.tensor([7])).tolist() == [1]

@@ -197,7 +197,10 @@ class DynamicEngine:
         return DynamicLookup(features, training, exchange, [len(part) for part in parts])
 
     def find(self, lookup: DynamicLookup) -> None:
-        """At the owners: finds or inserts the keys that arrived, and sends their rows back."""
+        """At the owners: finds or inserts the keys that arrived, and sends their rows back.
+
+        An error of a physical table leaves it as it was; tables before it have done their lookup.
+        """
         keys = lookup.exchange.received_keys()
         time = max(self.time, lookup.exchange.time)
         if lookup.training:
@@ -224,6 +227,8 @@ class DynamicEngine:
         lookup.exchange.send_rows(values)
         if lookup.training:
             lookup.exchange.statistics(self.statistics)
+            # Here, not where the output is used: a rank may leave it unused, and must exchange gradients all the same.
+            self._open.append(lookup)
 
     @staticmethod
     def _seeds(table: DynamicTable, ids_U: Tensor, offsets_T1: list[int]) -> Tensor:
@@ -234,9 +239,10 @@ class DynamicEngine:
 
     def received(self, lookup: DynamicLookup) -> list[Tensor]:
         """The rows of each physical table that came back, as leaves whose gradients the engine collects."""
+        if lookup.sent:
+            raise RuntimeError("dynamic tables: an output was first used after the step; use it before backward")
         lookup.rows = lookup.exchange.rows()
-        if lookup.training and torch.is_grad_enabled():
-            self._open.append(lookup)
+        if lookup.training:
             for rows in lookup.rows:
                 rows.requires_grad_()
                 rows.register_post_accumulate_grad_hook(lambda _, lookup=lookup: self._on_gradient(lookup))
@@ -287,6 +293,8 @@ class DynamicEngine:
         if lookup.sent:
             return
         lookup.sent = True
+        # An output that nobody used has rows on their way.
+        lookup.rows = lookup.rows or lookup.exchange.rows()
         grads = [torch.zeros_like(rows) if rows.grad is None else rows.grad for rows in lookup.rows]
         lookup.exchange.send_gradients([g.detach() for g in grads])
         lookup.rows = []  # their hooks hold the lookup: a circle that would keep a batch's rows alive

@@ -66,10 +66,10 @@ class DynamicTableConfig:
                 raise ValueError(
                     f"{where}: {name}={getattr(self, name)!r}: expected one of {', '.join(get_args(choices))}"
                 )
-        if self.hot_count < 1 or self.cache_rows < 0:
-            raise ValueError(
-                f"{where}: hot_count={self.hot_count}, cache_rows={self.cache_rows}: expected 1, 0 or more"
-            )
+        if self.hot_count < 1:
+            raise ValueError(f"{where}: hot_count={self.hot_count}: expected at least 1")
+        if self.cache_rows < 0:
+            raise ValueError(f"{where}: cache_rows={self.cache_rows}: expected at least 0")
         if self.placement == "host" and not self.cache_rows:
             raise ValueError(f"{where}: placement=host needs cache_rows, the rows that the device holds")
         if self.init_fn is not None:
