@@ -71,9 +71,10 @@ class DynamicTraining:
             if times_T is None or not len(times_T):
                 continue
             # On a GPU reading the time back waits for it.
-            if self._wants_time or times_T.device.type == "cpu":
+            if self.engines and (self._wants_time or times_T.device.type == "cpu"):
+                latest = int(times_T.max())
                 for engine in self.engines.values():
-                    engine.observe_time(int(times_T.max()))
+                    engine.observe_time(latest)
 
     def end_backward(self) -> None:
         """Completes the exchange of gradients of a micro-batch, where every rank comes by in the same order."""
@@ -137,7 +138,7 @@ class DynamicTraining:
         for engine in self.engines.values():
             if leave_out:
                 engine.end_step()
-            elif not engine.stepped_in_backward():
+            else:
                 engine.step()
 
     # ---- checkpoints -------------------------------------------------------------------------------------------

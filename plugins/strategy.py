@@ -173,8 +173,9 @@ class SequenceBalancedStrategy(DDPStrategy):
         assert self.accelerator is not None
         assert self.lightning_module is not None
         self.accelerator.setup(trainer)
-        self._check_precision(self.lightning_module)
+        self._check_precision()
         self._dmp = self._wrap(self.lightning_module)
+        self._check_precision()
         self.model = self._dmp
         self._dynamic = DynamicTraining(self.lightning_module)
         if trainer.state.fn == TrainerFn.FITTING:
@@ -185,11 +186,13 @@ class SequenceBalancedStrategy(DDPStrategy):
         if self._dynamic.engines:
             clipping_with(self._dynamic, self.precision_plugin)
 
-    def _check_precision(self, module: pl.LightningModule) -> None:
+    def _check_precision(self) -> None:
+        """Refuses what tables cannot honour; whether there are static ones is known once the module is wrapped."""
+        honoured = ["32-true", "bf16-mixed", "64-true"]
+        if self._dmp is None or not self._dmp.fused_optimizer.params:
+            honoured.append("16-mixed")  # dynamic tables step after the scaler has spoken
         precision = self.precision_plugin.precision
-        if precision == "16-mixed" and _DMP_ATTRIBUTE not in module.__dict__ and not static_collections(module):
-            return  # dynamic tables step after the scaler has spoken
-        if precision not in ("32-true", "bf16-mixed", "64-true"):
+        if precision not in honoured:
             raise MisconfigurationException(
                 f"precision={precision!r}: sharded tables update their rows inside backward, before Lightning could "
                 "unscale or convert; use 32-true or bf16-mixed"

@@ -5,6 +5,7 @@ Shape suffixes: N ranked targets, I items of the corpus.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import Any
 
 import torch
@@ -91,8 +92,9 @@ class _MeanOverRanks(_WeightedSums):
         """
         self._add(self._gains(ranks_N), weights_N)
 
+    @abstractmethod
     def _gains(self, ranks_N: Tensor) -> Tensor:
-        raise NotImplementedError
+        """What each target counts, float (N,)."""
 
 
 class _MeanOverTopK(_MeanOverRanks):

@@ -297,6 +297,20 @@ def test_loss_scaling_changes_nothing_and_leaves_out_infinite_steps_on_every_ran
     assert_equal(poisoned, gloo(1).run(run_scaled, 1, 3))
 
 
+def run_scaled_static() -> str:
+    from lightning.pytorch.plugins.precision import MixedPrecision
+    from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+    with pytest.raises(MisconfigurationException) as error:
+        fit(1, Tables(static=True), plugins=[MixedPrecision("16-mixed", "cpu")])
+    return str(error.value)
+
+
+def test_loss_scaling_is_refused_where_there_are_static_tables(gloo: Any) -> None:
+    (message,) = gloo(1).run(run_scaled_static)
+    assert message.startswith("precision='16-mixed': sharded tables update their rows inside backward")
+
+
 def test_rows_updated_in_backward_equal_those_updated_in_the_step(gloo: Any) -> None:
     one = gloo(1).run(run, 1, optimizer="adam")
     for world_size in (1, 2):

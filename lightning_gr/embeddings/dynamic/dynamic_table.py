@@ -106,9 +106,11 @@ class DynamicTable(KeyedRows):
         """
         tables_U = _tables_of(offsets_T1, ids_U.device)
         rows_U = self.index.find(*self.index_keys(ids_U, tables_U))
-        metadata = self.storage.read_metadata(rows_U)
-        if any(config.policy.expires for config in self.configs):
-            rows_U = self._without_expired(ids_U, tables_U, offsets_T1, rows_U, metadata, step, time, training)
+        expires = any(config.policy.expires for config in self.configs)
+        if expires or training:
+            metadata = self.storage.read_metadata(rows_U)
+        if expires:
+            rows_U = self._without_expired(ids_U, offsets_T1, rows_U, metadata, step, time, training)
         if training:
             self._count_collisions(rows_U, metadata, offsets_T1, step)
             if bool((rows_U < 0).any()):
@@ -128,19 +130,21 @@ class DynamicTable(KeyedRows):
         return Lookup(rows_U, values_UD)
 
     def _count_collisions(self, rows_U: Tensor, metadata: Metadata, offsets_T1: Sequence[int], step: int) -> None:
-        again_U = (rows_U >= 0) & (metadata.last_steps == step - 1)
+        found_U = rows_U >= 0
+        flags_2U = torch.stack([found_U, found_U & (metadata.last_steps == step - 1)])
+        sums_2U = torch.nn.functional.pad(flags_2U.cumsum(1), (1, 0))
+        # Of all tables at once, since reading numbers back makes the host wait for a GPU.
+        counts = sums_2U[:, torch.tensor(offsets_T1, device=rows_U.device)].diff().tolist()
         for table, statistics in enumerate(self.statistics):
-            own = slice(offsets_T1[table], offsets_T1[table + 1])
-            statistics.looked_up += own.stop - own.start
-            statistics.found += int((rows_U[own] >= 0).sum())
-            statistics.collided += int(again_U[own].sum())
+            statistics.looked_up += offsets_T1[table + 1] - offsets_T1[table]
+            statistics.found += counts[0][table]
+            statistics.collided += counts[1][table]
 
     # ---- expiry ------------------------------------------------------------------------------------------------
 
     def _without_expired(
         self,
         ids_U: Tensor,
-        tables_U: Tensor,
         offsets_T1: Sequence[int],
         rows_U: Tensor,
         metadata: Metadata,
@@ -156,7 +160,7 @@ class DynamicTable(KeyedRows):
             of_table = Metadata(
                 metadata.counts[own], metadata.last_steps[own], metadata.last_times[own], metadata.scores
             )
-            expired_N = is_expired(self.configs[table].policy, of_table, step, time) & (rows_U[own] >= 0)
+            expired_N = is_expired(config.policy, of_table, step, time) & (rows_U[own] >= 0)
             if training and bool(expired_N.any()):
                 self.statistics[table].expired += self.remove(ids_U[own][expired_N].unique(), table)
             rows_U[own] = rows_U[own].masked_fill(expired_N, -1)
@@ -164,12 +168,11 @@ class DynamicTable(KeyedRows):
 
     def _sweep(self, step: int, time: int) -> None:
         """Frees the rows of expired keys that nobody has looked up since."""
-        expiring = [table for table, config in enumerate(self.configs) if config.policy.expires]
-        if not expiring or not len(self.index):
-            return
-        for table in expiring:
+        for table, config in enumerate(self.configs):
+            if not config.policy.expires:
+                continue
             ids_N, rows_N = self.entries(table)
-            expired_N = is_expired(self.configs[table].policy, self.storage.read_metadata(rows_N), step, time)
+            expired_N = is_expired(config.policy, self.storage.read_metadata(rows_N), step, time)
             self.statistics[table].expired += self.remove(ids_N[expired_N], table)
 
     # ---- insertion ---------------------------------------------------------------------------------------------
@@ -382,13 +385,6 @@ class DynamicTable(KeyedRows):
             zeros_N = torch.zeros_like(rows_N)
             self.storage.write_state(rows_N, torch.zeros(len(rows_N), self.storage.state_width, device=self.device))
             self.storage.write_metadata(rows_N, counts=zeros_N, last_steps=zeros_N, last_times=zeros_N)
-        self._counters = [self._counter(table) for table in range(len(self.configs))]
-
-    def clear(self) -> None:
-        """Drops all keys."""
-        for table in range(len(self.key_names)):
-            ids_N, _ = self.entries(table)
-            self.remove(ids_N, table)
         self._counters = [self._counter(table) for table in range(len(self.configs))]
 
     def counter_state(self, table: int) -> tuple[dict[str, Tensor], list[int]] | None:

@@ -8,6 +8,7 @@ Shape suffixes: N looked-up ids, U distinct keys, D width, T tables.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -158,6 +159,7 @@ class DynamicEngine:
             for t, config in enumerate(self.configs)
             for feature in config.feature_names
         ]
+        self._first_lookups = [0, *itertools.accumulate(len(config.feature_names) for config in self.configs)]
 
     # ---- forward -----------------------------------------------------------------------------------------------
 
@@ -179,11 +181,8 @@ class DynamicEngine:
             raise ValueError(f"feature {missing[0]}: not in the batch, which has {', '.join(keys)}")
         values = dict(zip(keys, features.values().split(sizes), strict=True))
         parts = [values[feature] for _, feature, _ in self.lookups]
-        offsets_T1, ends = [0], [0]
-        for part in parts:
-            ends.append(ends[-1] + len(part))
-        for t in range(len(self.configs)):
-            offsets_T1.append(ends[1 + max(i for i, (table, _, _) in enumerate(self.lookups) if table == t)])
+        ends = [0, *itertools.accumulate(len(part) for part in parts)]
+        offsets_T1 = [ends[place] for place in self._first_lookups]
         ids_N = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(torch.int64)
         exchange = LookupExchange(
             self.placement,

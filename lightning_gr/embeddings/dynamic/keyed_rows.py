@@ -189,9 +189,14 @@ class KeyedRows:
         values_MD = self.first_values(ids_M, tables_M)
         self.storage.write(rows_M, values_MD)
         for table in range(len(self.configs)):
-            groups_N = self.groups(table, ids_M[tables_M == table]).cpu()
-            self.group_rows[table] += torch.bincount(groups_N, minlength=len(self.group_rows[table]))
+            self._count(table, ids_M[tables_M == table], 1)
         return rows_M
+
+    def _count(self, table: int, ids_N: Tensor, sign: int) -> None:
+        """Notes rows that came or went; shared ones are not counted."""
+        if table < len(self.configs) and len(ids_N):
+            groups_N = self.groups(table, ids_N).cpu()
+            self.group_rows[table] += sign * torch.bincount(groups_N, minlength=len(self.group_rows[table]))
 
     def first_values(self, ids_N: Tensor, tables_N: Tensor) -> Tensor:
         """First values of keys, float32 (N, D)."""
@@ -214,9 +219,7 @@ class KeyedRows:
         rows_N = self.index.delete(*self.index_keys(ids_N, table))
         present_N = rows_N >= 0
         self.storage.free(rows_N[present_N])
-        if table < len(self.configs):
-            groups_N = self.groups(table, ids_N[present_N]).cpu()
-            self.group_rows[table] -= torch.bincount(groups_N, minlength=len(self.group_rows[table]))
+        self._count(table, ids_N[present_N], -1)
         return int(present_N.sum())
 
     # ---- whole contents ----------------------------------------------------------------------------------------
@@ -258,9 +261,7 @@ class KeyedRows:
         tables_N = torch.full_like(ids_N, table)
         rows_N = self.storage.allocate(len(ids_N))
         self.index.insert(*self.index_keys(ids_N, tables_N), rows_N)
-        if table < len(self.configs):
-            groups_N = self.groups(table, ids_N).cpu()
-            self.group_rows[table] += torch.bincount(groups_N, minlength=len(self.group_rows[table]))
+        self._count(table, ids_N, 1)
         if rows.hot_N is not None:
             self.storage.promote_hot(rows_N[rows.hot_N.to(self.device)])
         self.storage.write(rows_N, rows.values_ND.to(self.device))
