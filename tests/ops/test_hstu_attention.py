@@ -228,7 +228,11 @@ def test_every_dtype_is_within_its_rounding(kind: str, activation: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["causal", "mtgr"])
 def test_a_sequence_of_8192_tokens(kind: str) -> None:
-    """Compiled against blocks in float64, which the other tests hold to the formula."""
+    """Compiled against blocks in float64, which the other tests hold to the formula.
+
+    The tables' gradients are sums of millions of terms; values and cotangents are positive, so that these do not cancel
+    down to their rounding.
+    """
     layout = make([8192])
     mask = IntervalMask.causal(layout)
     if kind == "mtgr":
@@ -236,13 +240,21 @@ def test_a_sequence_of_8192_tokens(kind: str) -> None:
         earlier_T = torch.arange(8192) - 4004
         earlier_T[8004:] = torch.randint(0, 4001, (188,))
         mask = IntervalMask.dynamic(layout, counts_B4, earlier_T.clamp(min=0))
-    qkv = [torch.randn(8192, 1, 16) for _ in range(3)]
-    table = torch.randn(2 * 1000 + 1, 1)
-    cotangent, found = torch.randn(8192, 1, 16), []
+    qkv = [torch.randn(8192, 1, 16), torch.randn(8192, 1, 16), torch.rand(8192, 1, 16)]
+    table, times = torch.randn(2 * 1000 + 1, 1), torch.arange(8192) * 60
+    cotangent, found = torch.rand(8192, 1, 16), []
     for dtype in (torch.float32, torch.float64):
-        tensors = [x.to(dtype).requires_grad_() for x in (*qkv, table)]
+        tensors = [x.to(dtype).requires_grad_() for x in (*qkv, table, torch.linspace(-1, 1, 32)[:, None])]
         out = hstu_attention(
-            *tensors[:3], q_layout=layout, mask=mask, scale=1 / 8192, position_table_PH=tensors[3], backend="cpu"
+            *tensors[:3],
+            q_layout=layout,
+            mask=mask,
+            scale=1 / 8192,
+            position_table_PH=tensors[3],
+            time_table_NH=tensors[4],
+            q_times_T=times,
+            k_times_T=times,
+            backend="cpu",
         )
         found.append([out, *torch.autograd.grad(out, tensors, cotangent.to(dtype))])
     for mine, wanted in zip(*found, strict=True):

@@ -645,7 +645,9 @@ void forward(const Head& head, Scratch& scratch) {
   }
 }
 
-void backward(const Head& head, Scratch& scratch, float* d_position, float* d_time) {
+// `d_time` has eight copies of each bucket, which are zero before and after: a bucket may be that of every pair, too many
+// for one float32 sum, so each block of rows goes to the float64 totals.
+void backward(const Head& head, Scratch& scratch, float* d_position, float* d_time, double* d_time_total) {
   const Keys keys(head);
   const Arguments& x = head.x;
   const int64_t D = x.qk_dim, V = x.v_dim, H = x.num_heads;
@@ -779,6 +781,9 @@ void backward(const Head& head, Scratch& scratch, float* d_position, float* d_ti
         }
       }
     }
+    for (int64_t n = 0; d_time && n < 8 * x.time_rows; ++n) {
+      d_time_total[n % x.time_rows] += d_time[n], d_time[n] = 0;
+    }
     for (int64_t r = 0; r < num_rows; ++r) {
       write(x.d_q + ((head.q0 + i0 + r) * H + head.h) * D, d_q + r * ldd, (float)x.alpha, D, H * D);
     }
@@ -849,24 +854,30 @@ void hstu_attention_backward(const Arguments* x) {
   for (int64_t thread = 0; thread < x->num_threads; ++thread) {
     Scratch scratch;
     std::vector<float> d_places(x->d_position_table ? x->num_heads * places.size : 0);
-    std::vector<float> d_times(x->d_time_table ? x->num_heads * 8 * x->time_rows : 0);
+    std::vector<float> d_times(x->d_time_table ? 8 * x->time_rows : 0);
+    std::vector<double> d_time_totals(x->d_time_table ? x->num_heads * x->time_rows : 0);
     for (int64_t task : tasks[thread]) {
       const int64_t h = task % x->num_heads;
       const float* bias = biases.empty() ? nullptr : biases.data() + h * places.size + places.origin();
       const float* time = times.empty() ? nullptr : times.data() + h * (times.size() / x->num_heads);
       backward(Head(*x, task / x->num_heads, h, bias, time), scratch,
                d_places.empty() ? nullptr : d_places.data() + h * places.size + places.origin(),
-               d_times.empty() ? nullptr : d_times.data() + h * 8 * x->time_rows);
+               d_times.empty() ? nullptr : d_times.data(),
+               d_times.empty() ? nullptr : d_time_totals.data() + h * x->time_rows);
     }
+    // Thousands of places share the rows at both ends of the table.
+    std::vector<double> d_rows(x->position_rows);
     for (int64_t h = 0; h < x->num_heads; ++h) {
-      float* d_position = x->d_position_table + (thread * x->num_heads + h) * x->position_rows;
-      float* d_time = x->d_time_table + (thread * x->num_heads + h) * x->time_rows;
+      std::fill(d_rows.begin(), d_rows.end(), 0.0);
       for (int64_t place = 0; !d_places.empty() && place < places.size; ++place) {
-        d_position[places.row(place)] += d_places[h * places.size + place];
+        d_rows[places.row(place)] += d_places[h * places.size + place];
       }
-      for (int64_t n = 0; !d_times.empty() && n < 8 * x->time_rows; ++n) {
-        d_time[n % x->time_rows] += d_times[h * 8 * x->time_rows + n];
+      if (x->d_position_table) {
+        std::copy(d_rows.begin(), d_rows.end(), x->d_position_table + (thread * x->num_heads + h) * x->position_rows);
       }
+    }
+    if (x->d_time_table) {
+      std::copy(d_time_totals.begin(), d_time_totals.end(), x->d_time_table + thread * d_time_totals.size());
     }
   }
 }
