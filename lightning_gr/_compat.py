@@ -6,7 +6,10 @@ A test looks all of them up, so that an upgrade which moves one fails here and b
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup, Store
 
 PRIVATE_NAMES = {
     "lightning.pytorch.cli:LightningCLI._prepare_subcommand_parser": (
@@ -18,6 +21,17 @@ PRIVATE_NAMES = {
     ),
     "lightning.pytorch.strategies.launchers:_SubprocessScriptLauncher": (
         "its list of child processes (procs) is read to end them, and to see whether one has reported an error already"
+    ),
+    "lightning.pytorch:LightningModule._on_before_batch_transfer": (
+        "replaced on a module whose loader is pipelined: the hook has been called when the batch went into flight"
+    ),
+    "torchrec.distributed.embedding:ShardedEmbeddingCollection._create_input_dist": (
+        "with what it sets (_input_dists) and reads (_sharding_type_to_sharding, _embedding_shardings, _pg): a second "
+        "set of input dists, on a process group of their own, exchanges ids while the first serves evaluation"
+    ),
+    "torchrec.distributed.embeddingbag:ShardedEmbeddingBagCollection._create_input_dist": "as above",
+    "torch.distributed.distributed_c10d:_get_default_store": (
+        "read: the store that the ranks met at; RankWatch keeps its marks there and needs no port of its own"
     ),
     "argparse:ArgumentParser._option_string_actions": "read: the names of all options, to list near ones of a typo",
 }
@@ -35,3 +49,46 @@ def child_processes(trainer: Any) -> list[Any]:
 
     launcher = trainer.strategy.launcher
     return list(launcher.procs) if isinstance(launcher, _SubprocessScriptLauncher) else []
+
+
+def default_store() -> Store:
+    """The store of the default process group."""
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
+
+
+def collection_on_group(collection: Any, group: ProcessGroup) -> Any:
+    """A sharded static collection whose ids travel on another group of the same processes; it shares all else.
+
+    Args:
+        collection: a sharded ``EmbeddingCollection`` or ``EmbeddingBagCollection`` that has looked up once.
+        group: the processes of its own group.
+    """
+    if hasattr(collection, "_sharding_type_to_sharding"):
+        shardings = list(collection._sharding_type_to_sharding.values())
+    else:
+        shardings = list(collection._embedding_shardings)
+    input_dists = []
+    for sharding in shardings:
+        own = sharding.__dict__.get("_pg")
+        sharding._pg = group
+        try:
+            input_dists.append(sharding.create_input_dist())
+        finally:
+            sharding._pg = own
+    twin = object.__new__(type(collection))
+    twin.__dict__.update(collection.__dict__, _input_dists=input_dists)
+    return twin
+
+
+def skip_hook_of_staged_batches(module: Any, staged: type) -> None:
+    """Leaves `on_before_batch_transfer` out for batches of a type; for all others it is called as before."""
+    if "_on_before_batch_transfer" in module.__dict__:
+        return
+    hook = module._on_before_batch_transfer
+
+    def hook_unless_staged(batch: Any, dataloader_idx: int = 0) -> Any:
+        return batch if isinstance(batch, staged) else hook(batch, dataloader_idx)
+
+    module.__dict__["_on_before_batch_transfer"] = hook_unless_staged

@@ -67,14 +67,19 @@ class DynamicTraining:
         for engine in self.engines.values():
             engine.lr_factor = lr_factor
         for batch in inputs:
-            times_T = batch.timestamps_T if isinstance(batch, SequenceBatch) else None
-            if times_T is None or not len(times_T):
-                continue
-            # On a GPU reading the time back waits for it.
-            if self.engines and (self._wants_time or times_T.device.type == "cpu"):
-                latest = int(times_T.max())
+            if (latest := self.time_of(batch)) is not None:
                 for engine in self.engines.values():
                     engine.observe_time(latest)
+
+    def time_of(self, batch: Any) -> int | None:
+        """The clock of the data at a batch; None where it has none, or no table asks and reading it would wait."""
+        times_T = batch.timestamps_T if isinstance(batch, SequenceBatch) else None
+        if times_T is None or not len(times_T):
+            return None
+        # On a GPU reading the time back waits for it.
+        if self.engines and (self._wants_time or times_T.device.type == "cpu"):
+            return int(times_T.max())
+        return None
 
     def end_backward(self) -> None:
         """Completes the exchange of gradients of a micro-batch, where every rank comes by in the same order."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -10,20 +12,23 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.trainer.states import RunningStage, TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
+from lightning_gr._compat import default_store
+from lightning_gr.balancing.settings import Balancing
 from lightning_gr.batch import SequenceBatch
 from lightning_gr.embeddings import deferred_tables, initialise_tables
 from lightning_gr.embeddings.dynamic import SparseOptimizerConfig
 from lightning_gr.plugins import checkpoint_directory
+from lightning_gr.plugins.dense_optimizer_state import DenseOptimizerState
 from lightning_gr.plugins.dynamic_training import DynamicTraining, clipping_with
+from lightning_gr.plugins.rank_watch import RankWatch
 from lightning_gr.plugins.sharding import (
     Sharding,
     SparseOptimizer,
@@ -32,6 +37,8 @@ from lightning_gr.plugins.sharding import (
     static_collections,
     table_configs,
 )
+from lightning_gr.plugins.staged_batch import StagedBatch
+from lightning_gr.plugins.training_pipeline import TrainingPipeline
 from lightning_gr.substrate import require_torchrec
 
 if TYPE_CHECKING:
@@ -39,7 +46,21 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
     from torchrec.distributed.model_parallel import DistributedModelParallel
 
+    from lightning_gr.plugins.stage_log import StageLog
+
+log = logging.getLogger(__name__)
 _DMP_ATTRIBUTE = "_lightning_gr_dmp"
+
+
+def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of a strategy in which a failed communication is explained by the rank that caused it."""
+
+    @functools.wraps(method)
+    def guarded(self: SequenceBalancedStrategy, *args: Any, **kwargs: Any) -> Any:
+        with self._guard():
+            return method(self, *args, **kwargs)
+
+    return guarded
 
 
 class SequenceBalancedStrategy(DDPStrategy):
@@ -63,6 +84,8 @@ class SequenceBalancedStrategy(DDPStrategy):
             is ``sparse_lr * lr / initial_lr`` of that group, set before the step's forward.
         static_dedup: makes the ids of static ``EmbeddingCollection`` tables distinct before they travel. Dynamic tables
             have settings of their own.
+        balancing: how samples are dealt out over the ranks; None takes the defaults.
+        pipeline_depth: batches that are fetched, copied and looked up ahead of the one that trains; 0 turns that off.
         find_unused_parameters: lets DDP look for dense parameters that a step did not use; costs time.
         bucket_cap_mb: size of DDP's gradient buckets in MiB.
         process_group_backend: ``gloo`` or ``nccl``; None means the device's usual one.
@@ -88,6 +111,8 @@ class SequenceBalancedStrategy(DDPStrategy):
         sparse_optimizer: SparseOptimizer = "rowwise_adagrad",
         sparse_lr: float = 0.05,
         static_dedup: bool = True,
+        balancing: Balancing | None = None,
+        pipeline_depth: int = 2,
         find_unused_parameters: bool = False,
         bucket_cap_mb: int = 25,
         process_group_backend: Literal["gloo", "nccl"] | None = None,
@@ -106,6 +131,8 @@ class SequenceBalancedStrategy(DDPStrategy):
             )
         if sparse_lr < 0:
             raise MisconfigurationException(f"sparse_lr={sparse_lr}: expected a rate >= 0")
+        if pipeline_depth < 0:
+            raise MisconfigurationException(f"pipeline_depth={pipeline_depth}: expected at least 0")
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -119,12 +146,16 @@ class SequenceBalancedStrategy(DDPStrategy):
         self.sparse_optimizer = sparse_optimizer
         self.sparse_lr = sparse_lr
         self.static_dedup = static_dedup
+        self.balancing = balancing or Balancing()
+        self.pipeline_depth = pipeline_depth
         self.collective_timeout = timeout
         self.find_unused_parameters = find_unused_parameters
         self.bucket_cap_mb = bucket_cap_mb
         self._dmp: DistributedModelParallel | None = None
         self._sparse_base_lrs: list[float] = []
         self._dynamic: DynamicTraining | None = None
+        self._pipeline: TrainingPipeline | None = None
+        self._watch: RankWatch | None = None
         self._said_mean_of_means = False
 
     @property
@@ -173,15 +204,33 @@ class SequenceBalancedStrategy(DDPStrategy):
         assert self.accelerator is not None
         assert self.lightning_module is not None
         self.accelerator.setup(trainer)
+        self._watch = RankWatch(
+            store=default_store(),
+            rank=self.global_rank,
+            world_size=self.world_size,
+            timeout=self.collective_timeout,
+            interval=0.5,  # quicker than Lightning's launcher, which kills all processes once one has ended
+        )
+        self._watch.start()
         self._check_precision()
         self._dmp = self._wrap(self.lightning_module)
         self._check_precision()
         self.model = self._dmp
         self._dynamic = DynamicTraining(self.lightning_module)
         if trainer.state.fn == TrainerFn.FITTING:
-            self._warn_of_settings_that_tables_ignore(trainer)
-            self._dynamic.check(trainer)
+            self._check_settings(trainer)
             self.setup_optimizers(trainer)
+            self._pipeline = TrainingPipeline(
+                balancing=self.balancing,
+                depth=self.pipeline_depth,
+                module=self.lightning_module,
+                dynamic=self._dynamic,
+                device=self.root_device,
+                timeout=self.collective_timeout,
+                prepare=super().batch_to_device,
+                watch=self._watch,
+                check_settings=self._check_settings,
+            )
         self.setup_precision_plugin()
         if self._dynamic.engines:
             clipping_with(self._dynamic, self.precision_plugin)
@@ -263,8 +312,11 @@ class SequenceBalancedStrategy(DDPStrategy):
         module.__dict__[_DMP_ATTRIBUTE] = (dmp, self._sparse_base_lrs)
         return dmp
 
-    def _warn_of_settings_that_tables_ignore(self, trainer: pl.Trainer) -> None:
+    def _check_settings(self, trainer: pl.Trainer) -> None:
+        """Refuses what dynamic tables cannot honour, and warns of what static ones ignore."""
         assert self._dmp is not None
+        assert self._dynamic is not None
+        self._dynamic.check(trainer)
         if not self._dmp.fused_optimizer.params:
             return
         if trainer.accumulate_grad_batches > 1:
@@ -297,14 +349,77 @@ class SequenceBalancedStrategy(DDPStrategy):
                 f"them in backward with {self.sparse_optimizer} (sparse_lr={self.sparse_lr}) instead"
             )
 
+    # ---- batches -----------------------------------------------------------------------------------------------
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        assert self.lightning_module is not None
+        if self._pipeline is None or self.lightning_module.trainer.state.stage != RunningStage.TRAINING:
+            return dataloader
+        return self._pipeline.wrap(dataloader)
+
+    @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        if isinstance(batch, StagedBatch):
+            assert self._pipeline is not None
+            return self._pipeline.unwrap(batch)
+        return super().batch_to_device(batch, device, dataloader_idx)
+
+    @property
+    def stage_log(self) -> StageLog | None:
+        """When each stage of the training pipeline worked on which batch; None outside of a fit."""
+        return None if self._pipeline is None else self._pipeline.log
+
+    @override
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        if self._watch is not None:
+            self._watch.at("training step", batch_idx)
+
+    @override
+    def on_validation_start(self) -> None:
+        if self._watch is not None:
+            self._watch.at("validation after step", self.lightning_module.trainer.global_step)  # type: ignore[union-attr]
+        if self._pipeline is not None:
+            self._pipeline.flush()
+
+    @override
+    def on_train_end(self) -> None:
+        if self._pipeline is not None:
+            self._pipeline.end(wait=True)
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        if self._pipeline is not None:
+            self._pipeline.end(wait=False)
+        if self._watch is not None and (failure := self._watch.explain(exception)) is not None:
+            log.error("%s", failure)
+
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        with self._watch.guard() if self._watch is not None else nullcontext():
+            yield
+
+    # Wherever ranks wait for each other.
+    backward = _guarded(DDPStrategy.backward)
+    validation_step = _guarded(DDPStrategy.validation_step)
+    test_step = _guarded(DDPStrategy.test_step)
+    predict_step = _guarded(DDPStrategy.predict_step)
+    barrier = _guarded(DDPStrategy.barrier)
+    broadcast = _guarded(DDPStrategy.broadcast)
+    reduce = _guarded(DDPStrategy.reduce)
+    all_gather = _guarded(DDPStrategy.all_gather)
+
     # ---- a step ------------------------------------------------------------------------------------------------
 
+    @_guarded
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self._dynamic is not None
         self._set_sparse_learning_rates()
         self._dynamic.begin_step((*args, *kwargs.values()), lr_factor=self._lr_factor())
-        output = super().training_step(*args, **kwargs)
+        assert self._pipeline is not None
+        with self._pipeline.step():
+            output = super().training_step(*args, **kwargs)
         if any(isinstance(x, SequenceBatch) for x in (*args, *kwargs.values())):
             return output
         if isinstance(output, Mapping) and "loss_sums" in output:
@@ -353,12 +468,16 @@ class SequenceBalancedStrategy(DDPStrategy):
     def pre_backward(self, closure_loss: Tensor) -> None:
         """Nothing: the base class looks for a bare DDP model."""
 
+    @_guarded
     @override
     def post_backward(self, closure_loss: Tensor) -> None:
         """Completes the gradients of dynamic tables; the base class looks for a bare DDP model."""
         assert self._dynamic is not None
         self._dynamic.end_backward()
+        assert self._pipeline is not None
+        self._pipeline.stepped()
 
+    @_guarded
     @override
     def optimizer_step(
         self,
@@ -381,6 +500,8 @@ class SequenceBalancedStrategy(DDPStrategy):
 
         output = super().optimizer_step(optimizer, closure_then_flush, model, **kwargs)
         dynamic.step(leave_out=leave_out)
+        if self._pipeline is not None:
+            self._pipeline.stepped()
         return output
 
     @contextmanager
@@ -411,6 +532,7 @@ class SequenceBalancedStrategy(DDPStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Nothing: `load_checkpoint` has read the optimisers in place."""
 
+    @_guarded
     @override
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
@@ -420,10 +542,12 @@ class SequenceBalancedStrategy(DDPStrategy):
                 f"storage_options={storage_options!r}: {type(self).__name__} writes a checkpoint directory itself and "
                 "takes none"
             )
+        if self._pipeline is not None:
+            self._pipeline.flush()
         path = Path(self.broadcast(str(filepath)))
         tensors: dict[str, Any] = {"state_dict": checkpoint.pop("state_dict")}
         if checkpoint.pop("optimizer_states", None) is not None:
-            dense, groups = self._dense_optimizer_state()
+            dense, groups = self._dense_optimizers().tensors_and_groups()
             tensors |= {"dense_optimizer": dense, "sparse_optimizer": self._sparse_optimizer_state()}
             checkpoint["dense_param_groups"] = groups
         checkpoint_directory.write(
@@ -435,6 +559,7 @@ class SequenceBalancedStrategy(DDPStrategy):
         )
         self.barrier()
 
+    @_guarded
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         path = Path(self.broadcast(str(checkpoint_path)))
@@ -449,12 +574,12 @@ class SequenceBalancedStrategy(DDPStrategy):
             self.lightning_module.trainer.state.fn == TrainerFn.FITTING and "dense_param_groups" in meta
         )
         if restore_optimizers:
-            tensors["dense_optimizer"] = self._empty_dense_state(path, shapes)
+            tensors["dense_optimizer"] = self._dense_optimizers().empty_tensors(path, shapes)
             tensors["sparse_optimizer"] = self._sparse_optimizer_state()
         checkpoint_directory.read_tensors(path, _tensors_only(tensors))
         self._dmp.load_state_dict(weights)
         if restore_optimizers:
-            self._load_dense_state(tensors["dense_optimizer"], meta["dense_param_groups"])
+            self._dense_optimizers().load(tensors["dense_optimizer"], meta["dense_param_groups"])
         if self._dynamic is not None:
             self._dynamic.load(path)
         self.barrier()
@@ -475,57 +600,9 @@ class SequenceBalancedStrategy(DDPStrategy):
                     "configuration and data it was trained with"
                 )
 
-    def _dense_parameters(self) -> dict[str, Tensor]:
+    def _dense_optimizers(self) -> DenseOptimizerState:
         assert self.lightning_module is not None
-        return {
-            name: parameter
-            for name, parameter in self.lightning_module.named_parameters()
-            if not hasattr(parameter, "_in_backward_optimizers")
-        }
-
-    def _bare_optimizers(self) -> list[Optimizer]:
-        return [x._optimizer if isinstance(x, LightningOptimizer) else x for x in self.optimizers]
-
-    def _dense_optimizer_state(self) -> tuple[dict[str, Any], list[list[dict[str, Any]]]]:
-        """State tensors by optimiser and parameter name, and the groups with parameters as names."""
-        names = {parameter: name for name, parameter in self._dense_parameters().items()}
-        states: dict[str, Any] = {}
-        groups: list[list[dict[str, Any]]] = []
-        for index, optimizer in enumerate(self._bare_optimizers()):
-            states[str(index)] = {names[p]: dict(state) for p, state in optimizer.state.items() if p in names}
-            groups.append(
-                [{**group, "params": [names[p] for p in group["params"]]} for group in optimizer.param_groups]
-            )
-        return states, groups
-
-    def _empty_dense_state(
-        self, path: Path, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-    ) -> dict[str, Any]:
-        """Tensors of the saved shapes for every optimiser state of this model's dense parameters."""
-        parameters = self._dense_parameters()
-        states: dict[str, Any] = {}
-        for key, (shape, dtype) in shapes.items():
-            if not key.startswith("dense_optimizer."):
-                continue
-            index, _, rest = key.removeprefix("dense_optimizer.").partition(".")
-            name, _, entry = rest.rpartition(".")
-            if name not in parameters:
-                raise ValueError(
-                    f"checkpoint {path}: holds optimiser state of {name}, which the model does not have; use the "
-                    "configuration it was trained with"
-                )
-            device = parameters[name].device if shape else torch.device("cpu")
-            states.setdefault(index, {}).setdefault(name, {})[entry] = torch.empty(shape, dtype=dtype, device=device)
-        return states
-
-    def _load_dense_state(self, states: Mapping[str, Any], saved_groups: list[list[dict[str, Any]]]) -> None:
-        parameters = self._dense_parameters()
-        for index, (optimizer, groups) in enumerate(zip(self._bare_optimizers(), saved_groups, strict=True)):
-            optimizer.state.clear()
-            for name, state in states.get(str(index), {}).items():
-                optimizer.state[parameters[name]] = state
-            for group, saved in zip(optimizer.param_groups, groups, strict=True):
-                group.update({key: value for key, value in saved.items() if key != "params"})
+        return DenseOptimizerState(self.lightning_module, self.optimizers)
 
     def _sparse_optimizer_state(self) -> dict[str, Any]:
         assert self._dmp is not None
@@ -537,6 +614,8 @@ class SequenceBalancedStrategy(DDPStrategy):
     @override
     def teardown(self) -> None:
         # Not the base class: it would move the shards and the optimisers to the host.
+        if self._watch is not None:
+            self._watch.stop()
         assert self.cluster_environment is not None
         assert self.accelerator is not None
         self.cluster_environment.teardown()

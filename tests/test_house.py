@@ -24,8 +24,8 @@ MODULES = [
     *(x for room in ROOMS for x in (ROOT / room).rglob("*.py")),
 ]
 # What is loaded inside functions only, so that reading signatures stays quick and a kernel needs torch alone.
-# A file that can only subclass TorchRec's classes is itself imported inside functions.
-SUBCLASSES_OF_TORCHREC = {"lightning_gr.plugins.dynamic_sharding"}
+# A file that can only subclass TorchRec's classes, or needs those that do, is itself imported inside functions.
+SUBCLASSES_OF_TORCHREC = {"lightning_gr.plugins.dynamic_sharding", "lightning_gr.plugins.lookup_prefetch"}
 HEAVY = {"torchrec", "fbgemm_gpu", "triton", "polars", "pyarrow", "tensordict", "matplotlib"}
 
 

@@ -21,6 +21,7 @@ TOOLS = {
     "store": "check, info, index PATH: event stores",
     "table": "inspect, export, delta, import: dynamic embedding tables in a checkpoint",
     "compare": "RECIPE ...: train each with several seeds, test metrics with intervals",
+    "plan": "--config RECIPE: balance, FLOPs, exchange and memory on 1 to 1,024 ranks, from the store alone",
     "mask": "--config RECIPE: which tokens see which in a batch, and leaks of the future",
     "demo": "train on two processes and show recommendations",
     "doctor": "what is installed, what fits together, what is missing",
@@ -90,6 +91,11 @@ def _dispatch(args: list[str]) -> int:
         from lightning_gr.cli import compare
 
         return compare.main(args[1:])
+    if command == "plan":
+        _check_configs(args)
+        from lightning_gr.cli import plan
+
+        return plan.main(args[1:])
     if command == "mask":
         _check_configs(args)
         from lightning_gr.cli import mask

@@ -7,27 +7,29 @@ from typing import Any
 
 import torch
 
+from lightning_gr.balancing.cost import SequenceCost
+from lightning_gr.balancing.partition import Method
 from lightning_gr.batch import SequenceBatch
-from lightning_gr.data.plan import EpochPlan, GlobalBatchPlan
+from lightning_gr.data.plan import PLAIN_DEAL, Deal, EpochPlan, GlobalBatchPlan
 from lightning_gr.data.source import SequenceSource
 
 
 class PlannedLoader:
     """Iterates like a ``DataLoader`` and is none, so Lightning neither re-samples nor re-builds it.
 
-    The position in the data is two integers, epoch and batches done, and holds on any number of ranks.
+    The position in the data is two integers, epoch and global batches done, and holds on any number of ranks.
 
     Args:
         source: the samples.
         plan: how they are cut into global batches.
         rank: this process.
         world_size: how many processes share each global batch.
-        accumulate: batches that make one optimizer step, where Lightning divides the loss by them.
+        accumulate: global batches that make one optimizer step, where Lightning divides the loss by them.
         num_workers: background processes that collate; 0 collates in the training process.
         name: the split, for messages.
 
     Raises:
-        ValueError: there are fewer samples than processes.
+        ValueError: there are no samples.
     """
 
     def __init__(
@@ -41,22 +43,47 @@ class PlannedLoader:
         num_workers: int = 0,
         name: str = "train",
     ) -> None:
-        num_samples = plan.num_samples
-        if num_samples == 0:
+        if plan.num_samples == 0:
             raise ValueError(
                 f"{name} split: no samples; evaluation takes users with at least 3 events, training histories of 2"
             )
-        if num_samples < world_size:
-            raise ValueError(
-                f"{name} split: {num_samples} sample(s) for {world_size} processes; use more data, or lower "
-                f"--trainer.devices to at most {num_samples}"
-            )
         self._source, self._plan, self._num_workers = source, plan, num_workers
         self._rank, self._world_size, self._accumulate = rank, world_size, accumulate
+        self._deal = PLAIN_DEAL
         self._epoch = 0
         self._cursor = (0, 0)
         self._resume_from: tuple[int, int] | None = None
         self._epoch_plan: tuple[int, EpochPlan] | None = None
+
+    def balance(
+        self, *, cost: SequenceCost, method: Method, tokens_per_rank: int | None, accumulate: int | None = None
+    ) -> int:
+        """Sets how the next iterations deal global batches out; which samples a global batch has stays the same.
+
+        Args:
+            cost: what a sequence costs.
+            method: the partitioner.
+            tokens_per_rank: most tokens that this rank gets at once; None for no limit.
+            accumulate: global batches that make one optimizer step; None leaves it as it was.
+
+        Returns:
+            The micro-steps that a global batch is cut into. Each is a batch of its own here, and the gradients of
+            all, times `accumulate`, make one optimizer step.
+
+        Raises:
+            ValueError: there is no such method, or `tokens_per_rank` is below the longest sample.
+        """
+        steps = 1
+        if tokens_per_rank is not None:
+            steps = self._plan.micro_steps(world_size=self._world_size, tokens_per_rank=tokens_per_rank)
+        self._accumulate = self._accumulate if accumulate is None else accumulate
+        self._deal = Deal(cost=cost, method=method, micro_steps=steps, tokens_per_rank=tokens_per_rank)
+        return steps
+
+    @property
+    def plan(self) -> GlobalBatchPlan:
+        """How samples are cut into global batches."""
+        return self._plan
 
     def _plan_of(self, epoch: int) -> EpochPlan:
         if self._epoch_plan is None or self._epoch_plan[0] != epoch:
@@ -64,7 +91,7 @@ class PlannedLoader:
         return self._epoch_plan[1]
 
     def __len__(self) -> int:
-        return len(self._plan_of(self._epoch))
+        return len(self._plan_of(self._epoch)) * self._deal.micro_steps
 
     @property
     def sampler(self) -> PlannedLoader:
@@ -87,17 +114,20 @@ class PlannedLoader:
         if self._resume_from is not None and self._resume_from[0] == epoch:
             first = self._resume_from[1]
         self._resume_from = None
-        collated = _PlannedBatches(self._source, plan, epoch, self._rank, self._world_size, self._accumulate)
+        steps = self._deal.micro_steps
+        collated = _PlannedBatches(
+            self._source, plan, epoch, self._rank, self._world_size, self._accumulate, self._deal
+        )
         batches = torch.utils.data.DataLoader(
             collated,
             batch_size=None,
-            sampler=range(first, len(plan)),
+            sampler=range(first * steps, len(plan) * steps),
             num_workers=self._num_workers,
             # Its own, or every iteration would take a number out of the one that dropout draws from.
             generator=torch.Generator(),
         )
-        for index, batch in enumerate(batches, start=first):
-            self._cursor = (epoch, index + 1)
+        for done, batch in enumerate(batches, start=first * steps + 1):
+            self._cursor = (epoch, done // steps)
             yield batch
 
     def _identity(self) -> dict[str, Any]:
@@ -109,7 +139,7 @@ class PlannedLoader:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """The cursor, batches *handed out* counted, and what the plan was made from."""
+        """The cursor, global batches *handed out* whole counted, and what the plan was made from."""
         epoch, done = self._cursor
         return {"epoch": epoch, "batches_done": done, **self._identity()}
 
@@ -129,19 +159,29 @@ class PlannedLoader:
 
 
 class _PlannedBatches(torch.utils.data.Dataset[SequenceBatch]):
-    """A rank's batches of one epoch by number, as what a DataLoader's workers can collate."""
+    """A rank's micro-batches of one epoch by number, as what a DataLoader's workers can collate."""
 
     def __init__(
-        self, source: SequenceSource, plan: EpochPlan, epoch: int, rank: int, world_size: int, accumulate: int
+        self,
+        source: SequenceSource,
+        plan: EpochPlan,
+        epoch: int,
+        rank: int,
+        world_size: int,
+        accumulate: int,
+        deal: Deal,
     ) -> None:
         self._source, self._plan, self._epoch = source, plan, epoch
-        self._rank, self._world_size, self._accumulate = rank, world_size, accumulate
+        self._rank, self._world_size, self._accumulate, self._deal = rank, world_size, accumulate, deal
 
-    def __getitem__(self, batch: int) -> SequenceBatch:
+    def __getitem__(self, number: int) -> SequenceBatch:
+        batch, micro_step = divmod(number, self._deal.micro_steps)
         return self._source.collate(
-            self._plan.rank_samples(batch, rank=self._rank, world_size=self._world_size),
+            self._plan.rank_samples(
+                batch, rank=self._rank, world_size=self._world_size, deal=self._deal, micro_step=micro_step
+            ),
             windows=self._plan.windows(batch),
             epoch=self._epoch,
             denominators=self._plan.denominators(batch, accumulate=self._accumulate),
-            gradient_divisor=float(self._world_size * self._accumulate),
+            gradient_divisor=float(self._world_size * self._accumulate * self._deal.micro_steps),
         )

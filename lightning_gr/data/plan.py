@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from lightning_gr.data.partition import longest_processing_time
+from lightning_gr.balancing.cost import TOKENS, SequenceCost
+from lightning_gr.balancing.partition import Method, check_method, micro_batches, micro_step_count
 
 Array = np.ndarray[Any, Any]
 _ORDERS_IN_MEMORY = 2
@@ -64,6 +66,33 @@ class ArraySamples(SampleIndex):
         return {task: counts[sample_ids] for task, counts in self._labels.items()}
 
 
+@dataclass(frozen=True)
+class Deal:
+    """How global batches are dealt out over ranks; which samples a batch has does not depend on it.
+
+    Args:
+        cost: what is balanced.
+        method: the partitioner.
+        micro_steps: steps in which a global batch is computed, one after the other.
+        tokens_per_rank: most tokens of a rank in a micro-step, or None for no limit.
+
+    Raises:
+        ValueError: there is no such method.
+    """
+
+    cost: SequenceCost = TOKENS
+    method: Method = "lpt"
+    micro_steps: int = 1
+    tokens_per_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        check_method(self.method)
+
+
+PLAIN_DEAL = Deal()
+"""By tokens, in one step."""
+
+
 class GlobalBatchPlan:
     """Cuts shuffled samples into global batches of at most `global_tokens` tokens.
 
@@ -85,6 +114,7 @@ class GlobalBatchPlan:
     Attributes:
         num_samples: samples of an epoch.
         num_tokens: tokens of an epoch.
+        longest: tokens of the longest sample.
 
     Raises:
         ValueError: the budget is below twice the longest sample.
@@ -104,13 +134,13 @@ class GlobalBatchPlan:
             raise ValueError(f"window_rows={window_rows}: expected at least 1")
         self.index, self.global_tokens, self.seed, self.shuffle = index, global_tokens, seed, shuffle
         self.window_rows = window_rows
-        self.num_samples = self.num_tokens = 0
-        longest = 0
+        self.num_samples = self.num_tokens = self.longest = 0
         for first in range(0, index.num_rows, 1 << 20):
             _, tokens = index.samples(first, min(first + (1 << 20), index.num_rows))
             self.num_samples += len(tokens)
             self.num_tokens += int(tokens.sum())
-            longest = max(longest, int(tokens.max(initial=0)))
+            self.longest = max(self.longest, int(tokens.max(initial=0)))
+        longest = self.longest
         if global_tokens < 2 * max(longest, 1):
             raise ValueError(
                 f"{budget_name}={global_tokens}: the longest sample has {longest} tokens, and a batch must have room "
@@ -119,6 +149,24 @@ class GlobalBatchPlan:
         # A batch of an equal share, cut at whole samples, has fewer than ``share + longest`` tokens.
         share = global_tokens - longest + 1
         self.num_batches = min(-(-self.num_tokens // share), self.num_samples)
+
+    def micro_steps(self, *, world_size: int, tokens_per_rank: int) -> int:
+        """Micro-steps with which no rank gets more tokens at once in any epoch; see `micro_step_count`.
+
+        Args:
+            world_size: ranks.
+            tokens_per_rank: most tokens of a rank in a micro-step.
+
+        Raises:
+            ValueError: `tokens_per_rank` is below the longest sample.
+        """
+        share = -(-self.num_tokens // max(self.num_batches, 1))
+        return micro_step_count(
+            min(self.global_tokens, share + self.longest - 1),
+            self.longest,
+            world_size=world_size,
+            tokens_per_rank=tokens_per_rank,
+        )
 
     def epoch(self, epoch: int) -> EpochPlan:
         """The plan of an epoch, a pure function of (seed, epoch)."""
@@ -143,10 +191,13 @@ class EpochPlan:
         firsts = np.flatnonzero(np.diff(before // plan.window_rows, prepend=-1))
         self._groups = [tuple(part.tolist()) for part in np.split(groups, firsts[1:])] if len(groups) else []
         self._orders: OrderedDict[int, Array] = OrderedDict()
+        # Of the last batch and window of batches that were asked for: micro-steps ask one after the other.
+        self._dealt: tuple[tuple[int, int, Deal], list[list[Array]]] | None = None
+        self._counted: tuple[tuple[int, int], dict[str, float]] | None = None
         self._cut()
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_orders": OrderedDict()}
+        return self.__dict__ | {"_orders": OrderedDict(), "_dealt": None, "_counted": None}
 
     def _generator(self, stream: int) -> np.random.Generator:
         """Random numbers of (seed, epoch) alone; each stream is apart from the others."""
@@ -224,15 +275,33 @@ class EpochPlan:
         first, last = self._bounds[batch : batch + 2].tolist()
         return [self._groups[window] for window in self._windows(first, last)]
 
-    def rank_samples(self, batch: int, *, rank: int, world_size: int) -> Array:
-        """The samples of a global batch that a rank gets; every rank computes the same deal."""
-        samples = self.samples(batch)
-        costs = self._plan.index.token_counts(samples)
-        mine: Array = samples[longest_processing_time(costs, world_size)[rank]]
-        return mine
+    def rank_samples(
+        self, batch: int, *, rank: int, world_size: int, deal: Deal = PLAIN_DEAL, micro_step: int = 0
+    ) -> Array:
+        """The samples of a global batch that a rank gets in a micro-step; every rank computes the same deal.
+
+        They are in the order of `samples`.
+        """
+        if self._dealt is None or self._dealt[0] != (batch, world_size, deal):
+            samples = self.samples(batch)
+            tokens = self._plan.index.token_counts(samples)
+            parts = micro_batches(
+                deal.cost(tokens),
+                world_size=world_size,
+                steps=deal.micro_steps,
+                method=deal.method,
+                sizes=None if deal.tokens_per_rank is None else tokens,
+                capacity=deal.tokens_per_rank,
+            )
+            self._dealt = (batch, world_size, deal), [[samples[part] for part in step] for step in parts]
+        return self._dealt[1][micro_step][rank]
 
     def denominators(self, batch: int, *, accumulate: int = 1) -> dict[str, float]:
         """By task, the labels of all global batches that make one optimizer step with this one."""
         first = batch - batch % accumulate
-        samples = self._samples(int(self._bounds[first]), int(self._bounds[min(first + accumulate, len(self))]))
-        return {task: float(counts.sum()) for task, counts in self._plan.index.label_counts(samples).items()}
+        last = min(first + accumulate, len(self))
+        if self._counted is None or self._counted[0] != (first, last):
+            samples = self._samples(int(self._bounds[first]), int(self._bounds[last]))
+            counts = self._plan.index.label_counts(samples)
+            self._counted = (first, last), {task: float(count.sum()) for task, count in counts.items()}
+        return dict(self._counted[1])

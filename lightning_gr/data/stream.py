@@ -35,7 +35,11 @@ class Block:
 
 
 class EventStream(Protocol):
-    """Days of users' events. A day's blocks come in the same order whenever they are asked for."""
+    """Days of users' events. A day's blocks come in the same order whenever they are asked for.
+
+    A stream whose `blocks` takes ``step`` too gives every ``step``-th block from the first on, so that ranks which
+    share a day by blocks need not read those of others.
+    """
 
     def days(self) -> list[str]:
         """The days that are complete so far, in order; later calls may know more."""
@@ -74,7 +78,7 @@ class ParquetDays(EventStream):
         return self.folder / f"{_PREFIX}{day}"
 
     @override
-    def blocks(self, day: str, first: int = 0) -> Iterator[Block]:
+    def blocks(self, day: str, first: int = 0, step: int = 1) -> Iterator[Block]:
         import pyarrow.parquet as pq
 
         number = 0
@@ -88,7 +92,7 @@ class ParquetDays(EventStream):
                 raise ValueError(f"{path}: has no column {ITEM}; it has {', '.join(names)}")
             columns = [name for name in (ITEM, TIME, NEW_EVENTS) if name in names]
             for group in range(parquet.num_row_groups):
-                if number >= first:
+                if number >= first and (number - first) % step == 0:
                     table = parquet.read_row_group(group, columns=columns, use_threads=False)
                     yield _block(path, table)
                 number += 1

@@ -85,15 +85,21 @@ class StreamDataModule(pl.LightningDataModule):
 
     def _loader(self, ahead: int) -> StreamLoader:
         trainer = self.trainer
-        if trainer is not None and trainer.accumulate_grad_batches != 1:
-            raise MisconfigurationException(
-                f"accumulate_grad_batches={trainer.accumulate_grad_batches}: a stream does not know the labels of the "
-                "batches to come; raise global_tokens instead"
-            )
+
+        def day() -> tuple[int, str] | None:
+            # Asked for when training begins, since the strategy chooses the mode after the loader is made.
+            if trainer is not None and not ahead and loader.mode == "planned" and trainer.accumulate_grad_batches != 1:
+                raise MisconfigurationException(
+                    f"accumulate_grad_batches={trainer.accumulate_grad_batches}: a stream that is shared batch by "
+                    "batch does not know the labels of the batches to come; set balancing.mode of the strategy "
+                    "sequence_balanced to local or exchange, or raise global_tokens instead"
+                )
+            return self._day(ahead)
+
         assert self._stream is not None
-        return StreamLoader(
+        loader = StreamLoader(
             self._stream,
-            lambda: self._day(ahead),
+            day,
             global_tokens=self.global_tokens,
             max_length=self.max_length,
             raw_ids=self.raw_ids,
@@ -102,6 +108,7 @@ class StreamDataModule(pl.LightningDataModule):
             num_workers=self.num_workers,
             lookahead=0 if ahead else 1,
         )
+        return loader
 
     @override
     def train_dataloader(self) -> StreamLoader:

@@ -1,23 +1,26 @@
-"""StreamLoader: global batches out of a day of a stream, the same on any number of ranks, with a cursor."""
+"""StreamLoader: batches out of a day of a stream, global ones or a rank's own, with a cursor."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from inspect import signature
+from itertools import count, islice
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 
+from lightning_gr.balancing.partition import partition
 from lightning_gr.batch import SequenceBatch
 from lightning_gr.data.event_table import UserRows
-from lightning_gr.data.partition import longest_processing_time
 from lightning_gr.data.raw_ids import raw_key
 from lightning_gr.data.row_windows import take_users
 from lightning_gr.data.source import RetrievalSource, next_item_batch
-from lightning_gr.data.stream import EventStream
+from lightning_gr.data.stream import Block, EventStream
 
 Array = np.ndarray[Any, Any]
+Mode = Literal["planned", "local", "exchange"]
 _DAY_BITS = 40
 
 
@@ -43,8 +46,12 @@ class _Sample:
 class StreamLoader:
     """Iterates over one day of a stream in the order of arrival, in global batches by token budget.
 
-    Every rank reads the day and takes its share of each global batch, so batches do not depend on the number of ranks,
-    all have as many, and the position in the data is three integers: day, block and user.
+    In mode `planned` every rank reads the day and takes its share of each global batch, so batches do not depend on the
+    number of ranks, all have as many, and the position in the data is three integers: day, block and user.
+
+    In modes `local` and `exchange`, see `share`, each rank reads blocks of its own and cuts batches of its own, with
+    the denominators of that batch alone; `lightning_gr.balancing.global_batches.GlobalBatches` makes global ones of
+    them. The position is then three integers for each rank, and holds on that number of ranks.
 
     Args:
         stream: the days.
@@ -87,8 +94,37 @@ class StreamLoader:
         self._raw_ids = raw_ids
         self._rank, self._world_size, self._num_workers = rank, world_size, num_workers
         self._lookahead = lookahead
-        self._cursors: list[tuple[int, int, int]] = [(0, 0, 0)]
-        self._resume_from: tuple[int, int, int] | None = None
+        self.mode: Mode = "planned"
+        self._budget = global_tokens
+        # Day, block and user; in mode planned all ranks have one cursor, else each its own.
+        self._cursor = [0, 0, 0]
+        self._handed_out: list[list[list[int]]] = [self._alike(self._cursor)]
+        self._resume_from: list[list[int]] | None = None
+
+    def share(self, mode: Mode, *, tokens_per_rank: int | None = None) -> None:
+        """Says how ranks share a day; called before a state is loaded and before iterating.
+
+        Args:
+            mode: `planned`: all read the day and take their share of each global batch. `local` and `exchange`: rank r
+                reads the blocks r, r + world size, ... and cuts them alone, to the closest prefix of its budget; a
+                sample longer than that is a batch alone.
+            tokens_per_rank: that budget; None means an equal share of `global_tokens`.
+
+        Raises:
+            ValueError: there is no such mode, or no budget below 1.
+        """
+        if mode not in get_args(Mode):
+            raise ValueError(f"mode={mode!r}: expected one of {', '.join(get_args(Mode))}")
+        if tokens_per_rank is not None and tokens_per_rank < 1:
+            raise ValueError(f"tokens_per_rank={tokens_per_rank}: expected at least 1")
+        self.mode = mode
+        self._budget = self.global_tokens
+        if mode != "planned":
+            self._budget = tokens_per_rank or -(-self.global_tokens // self._world_size)
+        self._handed_out = [self._alike(self._cursor)]
+
+    def _alike(self, cursor: list[int]) -> list[list[int]]:
+        return [cursor] * (1 if self.mode == "planned" else self._world_size)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_day": None}
@@ -98,43 +134,79 @@ class StreamLoader:
         if found is None:
             return
         number, name = found
-        block, user = 0, 0
-        if self._resume_from is not None and self._resume_from[0] == number:
-            _, block, user = self._resume_from
+        cursors = self._alike([number, 0, 0])
+        if self._resume_from is not None and self._resume_from[0][0] == number:
+            cursors = self._resume_from
         self._resume_from = None
-        batches = _DayBatches(self, number, name, block, user)
+        self._handed_out, self._cursor = [cursors], cursors[0 if self.mode == "planned" else self._rank]
         loader = torch.utils.data.DataLoader(
-            batches, batch_size=None, num_workers=self._num_workers, generator=torch.Generator()
+            _DayBatches(self, name, self._cursor),
+            batch_size=None,
+            num_workers=self._num_workers,
+            generator=torch.Generator(),
         )
-        self._cursors = [(number, block, user)]
         for cursor, batch in loader:
-            self._cursors = [*self._cursors, (number, *cursor)][-1 - self._lookahead :]
+            self._cursor = [number, *cursor]
+            if self.mode == "planned":
+                self.handed_out([self._cursor])
             yield batch
-        # Nothing is left to be looked at ahead.
-        self._cursors = self._cursors[-1:]
+        if self.mode == "planned":
+            self.handed_out(None)
+
+    def cursor(self) -> list[int]:
+        """This rank's position after the last batch of its own: day, block and user."""
+        return self._cursor
+
+    def handed_out(self, cursors: list[list[int]] | None) -> None:
+        """Moves the position that is saved; called by whoever makes global batches of the ranks' own.
+
+        Args:
+            cursors: by rank, the position behind the last global batch, as ``GlobalBatches.cursors`` has it; empty
+                leaves it where it was. None says that no more batches come, so none is looked at ahead.
+        """
+        if cursors is None:
+            self._handed_out = self._handed_out[-1:]
+        else:
+            self._handed_out = [*self._handed_out, cursors or self._handed_out[-1]][-1 - self._lookahead :]
 
     def state_dict(self) -> dict[str, Any]:
-        """The cursor: the day and the user after the last batch handed out."""
-        day, block, user = self._cursors[0]
+        """The cursor: the day and the user after the last batch handed out; of each rank where not in mode planned."""
+        cursors = self._handed_out[0]
+        if self.mode != "planned":
+            return {"cursors": cursors, **self._identity()}
+        day, block, user = cursors[0]
         return {"day": day, "block": block, "user": user, **self._identity()}
 
     def _identity(self) -> dict[str, Any]:
-        return {"global_tokens": self.global_tokens, "max_length": self.max_length}
+        identity = {"global_tokens": self.global_tokens, "max_length": self.max_length}
+        return identity if self.mode == "planned" else identity | {"tokens_per_rank": self._budget}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where a saved cursor stood.
 
         Raises:
-            ValueError: batches were cut otherwise.
+            ValueError: batches were cut otherwise, or shared by blocks over another number of ranks.
         """
+        shared = self.mode != "planned"
+        if ("cursors" in state) is not shared:
+            modes = ("planned", "local or exchange")
+            raise ValueError(
+                f"mode={self.mode}: the checkpoint's stream was read in mode {modes[not shared]}; resume in that mode"
+            )
+        if shared and len(state["cursors"]) != self._world_size:
+            raise ValueError(
+                f"world_size={self._world_size}: the checkpoint's stream was shared by blocks over "
+                f"{len(state['cursors'])} process(es); resume on as many (a run in mode planned resumes on any number)"
+            )
         for name, present in self._identity().items():
             if state.get(name) != present:
                 raise ValueError(
                     f"{name}: the checkpoint's stream was cut with {state.get(name)!r}, this run has {present!r}; "
                     "resume with the same"
                 )
-        self._resume_from = (int(state["day"]), int(state["block"]), int(state["user"]))
-        self._cursors = [self._resume_from]
+        cursors = state["cursors"] if shared else [[state["day"], state["block"], state["user"]]]
+        self._resume_from = [[int(x) for x in cursor] for cursor in cursors]
+        self._handed_out = [self._resume_from]
 
     # ---- cutting -----------------------------------------------------------------------------------------------
 
@@ -144,9 +216,9 @@ class StreamLoader:
         """A rank's batches of a day, each with the cursor behind it."""
         held: dict[int, UserRows] = {}
         waiting: list[_Sample] = []
-        tokens = 0
-        block = first_block - 1
-        for block, content in enumerate(self._stream.blocks(name, first_block), start=first_block):
+        tokens = block = 0
+        shared = self.mode != "planned"
+        for block, content in self._blocks(name, first_block):
             rows = content.rows
             if self._raw_ids:
                 rows = replace(rows, items=raw_key(rows.items))
@@ -161,20 +233,41 @@ class StreamLoader:
                 if last < asking:
                     continue
                 sample = _Sample(block, place, int(first_U[place]), last, asking)
-                if tokens + sample.tokens > self.global_tokens:
+                over = tokens + sample.tokens - self._budget
+                # A rank's own batches: as `token_budget_batches` cuts them.
+                closer = shared and (not waiting or over < self._budget - tokens)
+                if over > 0 and not closer:
                     yield (block, place), self._batch(number, waiting, held)
-                    waiting, tokens = [], 0
-                    held = {block: rows}
+                    waiting, tokens, held = [], 0, {block: rows}
                 waiting.append(sample)
                 tokens += sample.tokens
+                if tokens > self._budget:
+                    yield (block, place + 1), self._batch(number, waiting, held)
+                    waiting, tokens, held = [], 0, {block: rows}
             if not waiting:
                 held = {}
         if waiting:
             yield (block + 1, 0), self._batch(number, waiting, held)
 
+    def _blocks(self, name: str, first: int) -> Iterator[tuple[int, Block]]:
+        """The blocks that this rank reads, from a number on, with their numbers."""
+        if self.mode == "planned" or self._world_size == 1:
+            yield from enumerate(self._stream.blocks(name, first), start=first)
+            return
+        step = self._world_size
+        first += (self._rank - first) % step
+        if "step" in signature(self._stream.blocks).parameters:
+            blocks = self._stream.blocks(name, first, step=step)  # type: ignore[call-arg]
+        else:
+            blocks = islice(self._stream.blocks(name, first), 0, None, step)
+        yield from zip(count(first, step), blocks, strict=False)
+
     def _batch(self, number: int, samples: list[_Sample], held: dict[int, UserRows]) -> SequenceBatch:
-        costs = np.array([sample.tokens for sample in samples])
-        mine = [samples[i] for i in longest_processing_time(costs, self._world_size)[self._rank].tolist()]
+        mine, divisor = samples, 1.0
+        if self.mode == "planned":
+            costs = np.array([sample.tokens for sample in samples])
+            mine = [samples[i] for i in partition(costs, self._world_size)[self._rank].tolist()]
+            divisor = float(self._world_size)
         blocks = sorted({sample.block for sample in mine}) or sorted(held)[:1]
         of_block = {block: np.array([s.place for s in mine if s.block == block], dtype=np.int64) for block in blocks}
         rows = UserRows.concatenate([take_users(held[block], of_block[block]) for block in blocks])
@@ -190,15 +283,16 @@ class StreamLoader:
             item_keys=None,
             epoch=number,
             denominators={RetrievalSource.TASK: float(sum(sample.labels for sample in samples))},
-            gradient_divisor=float(self._world_size),
+            gradient_divisor=divisor,
         )
 
 
 class _DayBatches(torch.utils.data.IterableDataset[tuple[tuple[int, int], SequenceBatch]]):
     """A day's batches as what a DataLoader's worker can make."""
 
-    def __init__(self, loader: StreamLoader, number: int, name: str, block: int, user: int) -> None:
-        self._loader, self._at = loader, (number, name, block, user)
+    def __init__(self, loader: StreamLoader, name: str, cursor: list[int]) -> None:
+        self._loader, self._name, self._cursor = loader, name, cursor
 
     def __iter__(self) -> Iterator[tuple[tuple[int, int], SequenceBatch]]:
-        return self._loader.day_batches(*self._at)
+        number, block, user = self._cursor
+        return self._loader.day_batches(number, self._name, block, user)

@@ -6,13 +6,14 @@ buckets.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from typing_extensions import override
 
+from lightning_gr.layers.recompute import recomputed
 from lightning_gr.ops.group_layer_norm import group_layer_norm
 from lightning_gr.ops.hstu_attention import attention_flops, hstu_attention
 from lightning_gr.ops.interval_mask import IntervalMask
@@ -173,6 +174,8 @@ class HSTUEncoder(nn.Module):
         activation: `silu` is HSTU's, `softmax` SASRec's.
         scale: factor of the attention weights; None means ``1 / max_length``. Pinned, so that a user's outputs do not
             depend on batch mates.
+        recompute: computes each layer's activations again in backward instead of keeping them; the results are the
+            same.
 
     Raises:
         ValueError: a size that cannot work, by name.
@@ -195,6 +198,7 @@ class HSTUEncoder(nn.Module):
         time_buckets: int = 128,
         activation: Literal["silu", "softmax"] = "silu",
         scale: float | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         sizes: dict[str, int | None] = {"dim": dim, "num_layers": num_layers, "num_heads": num_heads}
@@ -207,7 +211,7 @@ class HSTUEncoder(nn.Module):
         for name, rate in (("dropout", dropout), ("attention_dropout", attention_dropout)):
             if not 0 <= rate < 1:
                 raise ValueError(f"{name}={rate}: expected a probability in [0, 1)")
-        self.dim, self.max_length, self.dropout = dim, max_length, dropout
+        self.dim, self.max_length, self.dropout, self.recompute = dim, max_length, dropout, recompute
         self.position_PD = nn.Parameter(torch.randn(max_length, dim) * _INIT_STD) if input_position_embedding else None
         self.layers = nn.ModuleList(
             HSTULayer(
@@ -268,15 +272,10 @@ class HSTUEncoder(nn.Module):
             given_T = layout.position_T if positions_T is None else positions_T
             x_TD = add_encodings(x_TD, positions_T=given_T, position_table_PD=self.position_PD)
         x_TD = F.dropout(x_TD, self.dropout, self.training)
+        inputs: dict[str, Any] = {"layout": layout, "mask": mask, "times_T": times_T}
+        inputs |= {"request_times_T": request_times_T, "positions_T": positions_T}
         for layer in self.layers:
-            x_TD = layer(
-                x_TD,
-                layout=layout,
-                mask=mask,
-                times_T=times_T,
-                request_times_T=request_times_T,
-                positions_T=positions_T,
-            )
+            x_TD = recomputed(layer, x_TD, **inputs) if self.recompute else layer(x_TD, **inputs)
         return x_TD
 
     def flops(self, num_tokens: int, num_visible_pairs: int) -> int:

@@ -59,3 +59,12 @@ class MultiTaskHeads(nn.Module):
             shares_NE = gate(x_ND).softmax(1)
             logits[task] = tower((shares_NE[:, :, None] * experts_NEH).sum(1))[:, 0]
         return logits
+
+    def flops(self, num_inputs: int) -> int:
+        """Forward floating-point operations of the matrix products."""
+        return linear_flops(self, num_inputs)
+
+
+def linear_flops(module: nn.Module, num_inputs: int) -> int:
+    """Forward floating-point operations of a module that gives every input to all its linear layers."""
+    return 2 * num_inputs * sum(x.weight.numel() for x in module.modules() if isinstance(x, nn.Linear))

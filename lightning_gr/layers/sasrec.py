@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from typing_extensions import override
 
-from lightning_gr.ops.hstu_attention import hstu_attention
+from lightning_gr.layers.recompute import recomputed
+from lightning_gr.ops.hstu_attention import attention_flops, hstu_attention
 from lightning_gr.ops.interval_mask import IntervalMask
 from lightning_gr.ops.jagged import JaggedLayout
 
@@ -75,6 +76,8 @@ class SASRecEncoder(nn.Module):
         hidden_dim: width inside a block's feed-forward network; None means `dim`, the paper's.
         max_length: longest sequence in tokens.
         dropout: on the input, the attention weights and the blocks' outputs.
+        recompute: computes each layer's activations again in backward instead of keeping them; the results are the
+            same.
 
     Raises:
         ValueError: a size that cannot work, by name.
@@ -89,6 +92,7 @@ class SASRecEncoder(nn.Module):
         hidden_dim: int | None = None,
         max_length: int = 200,
         dropout: float = 0.2,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         sizes: dict[str, int | None] = {"dim": dim, "num_layers": num_layers, "num_heads": num_heads}
@@ -99,7 +103,7 @@ class SASRecEncoder(nn.Module):
             raise ValueError(f"dim={dim}: not divisible by num_heads={num_heads}; change one")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout}: expected a probability in [0, 1)")
-        self.dim, self.max_length, self.dropout = dim, max_length, dropout
+        self.dim, self.max_length, self.dropout, self.recompute = dim, max_length, dropout, recompute
         self.position_PD = nn.Parameter(torch.randn(max_length, dim) * _INIT_STD)
         self.layers = nn.ModuleList(
             SASRecLayer(dim=dim, num_heads=num_heads, hidden_dim=hidden_dim or dim, dropout=dropout)
@@ -140,6 +144,16 @@ class SASRecEncoder(nn.Module):
             )
         x_TD = F.dropout(x_TD + self.position_PD[layout.position_T], self.dropout, self.training)
         for layer in self.layers:
-            x_TD = layer(x_TD, layout=layout, mask=mask)
+            inputs = {"layout": layout, "mask": mask}
+            x_TD = recomputed(layer, x_TD, **inputs) if self.recompute else layer(x_TD, **inputs)
         normed: Tensor = self.norm(x_TD)
         return normed
+
+    def flops(self, num_tokens: int, num_visible_pairs: int) -> int:
+        """Forward floating-point operations for these many tokens and visible pairs."""
+        layer = self.layers[0]
+        assert isinstance(layer, SASRecLayer)
+        projections = 2 * num_tokens * (4 * self.dim * self.dim + 2 * self.dim * layer.expand.out_features)
+        width = self.dim // layer.num_heads
+        attention = attention_flops(num_visible_pairs, num_heads=layer.num_heads, qk_dim=width, v_dim=width)
+        return len(self.layers) * (projections + attention)

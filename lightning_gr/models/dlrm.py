@@ -7,16 +7,19 @@ Shape suffixes: T tokens of all sequences together, N candidates, K history toke
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_gr.balancing.cost import SequenceCost
 from lightning_gr.batch import SequenceBatch, TokenKind
+from lightning_gr.layers.multi_task import linear_flops
 from lightning_gr.models.ranking_tokens import RankingTokens, num_earlier, token_places
-from lightning_gr.ops.hstu_attention import hstu_attention
+from lightning_gr.models.sequence_cost import half_candidates
+from lightning_gr.ops.hstu_attention import attention_flops, hstu_attention
 from lightning_gr.ops.interval_mask import IntervalMask
 from lightning_gr.ops.jagged import JaggedLayout
 from lightning_gr.ranking_features import RankingFeatures
@@ -132,3 +135,29 @@ class DLRM(nn.Module):
             activation="softmax",
         )
         return pooled_NHV.flatten(1)
+
+    def flops(self, counts_4: Sequence[int], num_visible_pairs: int) -> int:
+        """Forward floating-point operations.
+
+        Args:
+            counts_4: tokens of each kind.
+            num_visible_pairs: pairs of a candidate and an event of its history.
+        """
+        assert self.tokens is not None
+        _, static, realtime, candidates = counts_4
+        vectors = 1 + self.tokens.features.num_contextual + (self.pooling != "none")
+        total = self.tokens.flops(counts_4) + linear_flops(self.top, candidates)
+        total += 2 * candidates * vectors**2 * self.width
+        if self.query is not None and self.key is not None and self.value is not None:
+            total += linear_flops(self.query, candidates)
+            total += linear_flops(self.key, static + realtime) + linear_flops(self.value, static + realtime)
+            head = self.width // self.num_heads
+            total += attention_flops(num_visible_pairs, num_heads=self.num_heads, qk_dim=head, v_dim=head)
+        return total
+
+    def sequence_cost(self) -> SequenceCost:
+        """Forward floating-point operations of a sample by its number of tokens, for balancing.
+
+        Half of the tokens are taken as candidates, each of which sees the events before it.
+        """
+        return half_candidates(self.flops, pairs_share=1 / 8)

@@ -5,15 +5,17 @@ Shape suffixes: T tokens of all sequences together, N candidates, D model width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from typing_extensions import override
 
+from lightning_gr.balancing.cost import SequenceCost
 from lightning_gr.batch import SequenceBatch
 from lightning_gr.layers.hstu import HSTUEncoder
 from lightning_gr.models.ranking_tokens import RankingTokens, candidate_places, moments, num_earlier
+from lightning_gr.models.sequence_cost import half_candidates
 from lightning_gr.ops.interval_mask import IntervalMask
 from lightning_gr.ranking_features import RankingFeatures
 
@@ -35,6 +37,8 @@ class MTGR(nn.Module):
         position_bias: whether attention has a bias by how many events lie between; or `recency`, by which heads look at
             the last 1, 4, 16 or 64 of them at first.
         scale: factor of the attention weights; None means ``1 / max_length``.
+        recompute: computes each layer's activations again in backward instead of keeping them; the results are the
+            same.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class MTGR(nn.Module):
         time_bias: bool = True,
         position_bias: bool | Literal["recency"] = True,
         scale: float | None = None,
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.dim, self.max_length, self.position_bias = dim, max_length, bool(position_bias)
@@ -61,6 +66,7 @@ class MTGR(nn.Module):
             position_bias=position_bias,
             time_bias=time_bias,
             scale=scale,
+            recompute=recompute,
         )
         self.norm = nn.LayerNorm(dim)
         self.tokens: RankingTokens | None = None
@@ -86,3 +92,21 @@ class MTGR(nn.Module):
         states_TD = self.encoder(self.tokens(embedded, batch), **self.attention_inputs(batch))
         states_ND: Tensor = self.norm(states_TD[candidate_places(batch)])
         return states_ND
+
+    def flops(self, counts_4: Sequence[int], num_visible_pairs: int) -> int:
+        """Forward floating-point operations.
+
+        Args:
+            counts_4: tokens of each kind.
+            num_visible_pairs: pairs of tokens that the mask shows.
+        """
+        made = 0 if self.tokens is None else self.tokens.flops(counts_4)
+        return made + self.encoder.flops(sum(counts_4), num_visible_pairs)
+
+    def sequence_cost(self) -> SequenceCost:
+        """Forward floating-point operations of a sample by its number of tokens, for balancing.
+
+        Half of the tokens are taken as candidates and the mask as causal. A long static history sees itself whole and
+        has up to twice the pairs; a sample without static history has half of them.
+        """
+        return half_candidates(self.flops, pairs_share=1 / 2)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from typing_extensions import override
 
+from lightning_gr.balancing.cost import TOKENS, SequenceCost, cost_of
 from lightning_gr.batch import SequenceBatch
 from lightning_gr.data.raw_ids import RowsOfKeys, refuse_static_tables
 from lightning_gr.embeddings import embedding_collection
@@ -241,6 +242,16 @@ class RankingModule(pl.LightningModule):
                 logits_M.float(), labels.values_N.float(), labels.weights_N, reduction="sum"
             )
         return sums
+
+    def sequence_cost(self) -> SequenceCost:
+        """Forward floating-point operations of a sample by its number of tokens, for balancing.
+
+        The network's, and the heads' for half of the tokens; tokens alone for a network without a `sequence_cost`.
+        """
+        cost = cost_of(self.network)
+        if cost == TOKENS or self.heads is None:
+            return cost
+        return SequenceCost(cost.linear + self.heads.flops(1) / 2, cost.quadratic)
 
     # ---- Lightning's steps -------------------------------------------------------------------------------------
 

@@ -10,13 +10,14 @@ of an embedding, D model width, W columns of numeric features.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_gr.batch import SequenceBatch, TokenKind
+from lightning_gr.layers.multi_task import linear_flops
 from lightning_gr.ops.jagged import JaggedLayout
 from lightning_gr.ops.jagged_concat import jagged_concat, jagged_split
 from lightning_gr.ranking_features import RankingFeatures
@@ -85,6 +86,17 @@ class RankingTokens(nn.Module):
         if self.contextual_numbers is not None:
             parts.append(self.contextual_numbers(batch.dense["contextual"].to(parts[0].dtype)))
         return torch.stack(parts, 1)[real_B.to(parts[0].device)]
+
+    def flops(self, counts_4: Sequence[int]) -> int:
+        """Forward floating-point operations of the tokens of each kind; of contextual ones, for whole sequences."""
+        contextual, static, realtime, candidates = counts_4
+        made = linear_flops(self.history, static + realtime) + linear_flops(self.candidate, candidates)
+        if self.features.num_contextual:
+            num_sequences = contextual // self.features.num_contextual
+            made += linear_flops(self.contextual, num_sequences)
+            if self.contextual_numbers is not None:
+                made += linear_flops(self.contextual_numbers, num_sequences)
+        return made
 
 
 def token_places(batch: SequenceBatch, kind: TokenKind) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from typing_extensions import override
 
+from lightning_gr.balancing.cost import TOKENS, SequenceCost, cost_of
 from lightning_gr.batch import PADDING_SAMPLE_ID, SequenceBatch
 from lightning_gr.data.raw_ids import refuse_static_tables
 from lightning_gr.embeddings import CandidateBlock, corpus_share, embedding_collection, process_group_of
@@ -27,6 +28,7 @@ from lightning_gr.embeddings.dynamic import DynamicTables
 from lightning_gr.metrics import NDCG, HitRate, MeanReciprocalRank, WeightedMean
 from lightning_gr.models.corpus import Corpus, item_vocabulary
 from lightning_gr.models.parameter_groups import ParameterGroup, optimizer_and_schedule
+from lightning_gr.models.sequence_cost import causal
 from lightning_gr.negatives import UniformNegatives
 from lightning_gr.ops.backend import Backend, use_backend
 from lightning_gr.ops.interval_mask import IntervalMask
@@ -393,6 +395,20 @@ class RetrievalModule(pl.LightningModule):
             return F.softplus(-positives_N) + sums_N / (num_distinct - 1).clamp(min=1)
         others_N = scores.candidates.log_sum_exp(scores.queries_ND, **own)
         return torch.logaddexp(others_N, positives_N) - positives_N
+
+    def sequence_cost(self) -> SequenceCost:
+        """Forward floating-point operations of a history by its number of tokens, for balancing.
+
+        The encoder's, by its `flops` or a `sequence_cost` of its own, and the scores of drawn negatives; tokens alone
+        for an encoder that has neither. Scores against candidates of all processes are left out: each process scores
+        the queries of all against its share, however sequences are dealt out.
+        """
+        flops = getattr(self.encoder, "flops", None)
+        cost = cost_of(self.encoder) if flops is None else causal(flops)
+        if cost == TOKENS or not self.draws:
+            return cost
+        per_query = 2 * (1 + self.negatives.num_negatives) * int(self.encoder.dim)  # type: ignore[arg-type]
+        return SequenceCost(cost.linear + per_query, cost.quadratic)
 
     # ---- Lightning's steps -------------------------------------------------------------------------------------
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_gr.data import ArraySamples, EpochPlan, GlobalBatchPlan
+from lightning_gr.balancing import Method, SequenceCost, imbalance
+from lightning_gr.data import ArraySamples, EpochPlan, GlobalBatchPlan, plan
+from lightning_gr.data.plan import Deal
 
 COUNTS = st.lists(st.integers(1, 30), min_size=1, max_size=60)
 
@@ -67,6 +69,101 @@ def test_ranks_share_each_global_batch(counts: list[int], slack: int) -> None:
             assert all([s for s in whole if s in part] == part for part in parts)
             loads = [sum(counts[s] for s in part) for part in parts]
             assert max(loads) - min(loads) <= max(counts)
+
+
+DEALS = st.builds(
+    Deal,
+    cost=st.builds(SequenceCost, st.floats(0.1, 10), st.floats(0, 1)),
+    method=st.sampled_from(get_args(Method)),
+    micro_steps=st.integers(1, 5),
+)
+
+
+@settings(deadline=None)
+@given(COUNTS, st.integers(0, 100), st.integers(1, 9), DEALS)
+def test_any_deal_gives_each_sample_to_one_rank_in_one_micro_step(
+    counts: list[int], slack: int, world_size: int, deal: Deal
+) -> None:
+    cut = make_plan(counts, slack).epoch(1)
+    for i in range(len(cut)):
+        whole = cut.samples(i).tolist()
+        parts = [
+            cut.rank_samples(i, rank=rank, world_size=world_size, deal=deal, micro_step=step).tolist()
+            for step in range(deal.micro_steps)
+            for rank in range(world_size)
+        ]
+        assert sorted(sum(parts, [])) == sorted(whole)
+        assert all([s for s in whole if s in part] == part for part in parts)
+
+
+@settings(deadline=None)
+@given(COUNTS, st.integers(0, 100), st.integers(1, 9), st.integers(0, 60), st.sampled_from(get_args(Method)))
+def test_no_rank_computes_more_tokens_at_once_than_allowed(
+    counts: list[int], slack: int, world_size: int, above: int, method: Method
+) -> None:
+    whole = make_plan(counts, slack)
+    limit = whole.longest + above
+    steps = whole.micro_steps(world_size=world_size, tokens_per_rank=limit)
+    # At most about twice as many as if samples could be split.
+    assert (steps - 1) * world_size * limit < 2 * whole.global_tokens
+    deal = Deal(SequenceCost(1, 1), method, steps, limit)
+    cut = whole.epoch(0)
+    for i in range(len(cut)):
+        for step in range(steps):
+            for rank in range(world_size):
+                mine = cut.rank_samples(i, rank=rank, world_size=world_size, deal=deal, micro_step=step)
+                assert sum(counts[s] for s in mine) <= limit
+
+
+def test_micro_steps_of_a_batch() -> None:
+    counts = [10] * 1000
+    whole = make_plan(counts, global_tokens=400)  # 26 batches of 394 tokens at most
+    for world_size, limit, steps in ((1, 400, 1), (1, 393, 2), (2, 210, 1), (2, 200, 2), (4, 50, 3), (1000, 10, 1)):
+        assert whole.micro_steps(world_size=world_size, tokens_per_rank=limit) == steps
+    with pytest.raises(
+        ValueError, match=r"^tokens_per_rank=9: the longest sample has 10 tokens; raise it to at least 10"
+    ):
+        whole.micro_steps(world_size=4, tokens_per_rank=9)
+
+
+def test_a_deal_balances_what_it_is_told_to() -> None:
+    counts = np.random.default_rng(0).integers(1, 1000, 500).tolist()
+    cut = make_plan(counts, global_tokens=20_000).epoch(0)
+    whole = cut.samples(0)
+    tokens = np.array(counts)[whole]
+    found = {}
+    for name, cost in (("tokens", SequenceCost(1, 0)), ("pairs", SequenceCost(0, 1))):
+        parts = [cut.rank_samples(0, rank=rank, world_size=4, deal=Deal(cost=cost)) for rank in range(4)]
+        places = [np.flatnonzero(np.isin(whole, part)) for part in parts]
+        found[name] = imbalance(tokens, places), imbalance(tokens.astype(float) ** 2, places)
+    assert found["tokens"][0] < 0.002 < 0.01 < found["tokens"][1]
+    assert found["pairs"][1] < 0.002 < 0.01 < found["pairs"][0]
+
+
+def test_a_batch_is_dealt_out_once_for_all_its_micro_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    real = plan.micro_batches
+    monkeypatch.setattr(plan, "micro_batches", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    cut = make_plan(list(range(1, 40))).epoch(0)
+    expected = [sorted(cut.samples(i).tolist()) for i in range(3)]
+    for _ in range(2):
+        for i in range(3):
+            steps = [
+                cut.rank_samples(i, rank=0, world_size=1, deal=Deal(micro_steps=4), micro_step=step).tolist()
+                for step in range(4)
+            ]
+            assert sorted(sum(steps, [])) == expected[i]
+    assert len(calls) == 6
+    # Another deal of the same batch is another one.
+    cut.rank_samples(2, rank=0, world_size=2, deal=Deal(micro_steps=4))
+    cut.rank_samples(2, rank=0, world_size=2, deal=Deal(method="zigzag", micro_steps=4))
+    assert len(calls) == 8
+
+
+def test_an_unknown_method_is_named() -> None:
+    wrong: Any = "best"
+    with pytest.raises(ValueError, match=r"^method='best': expected one of lpt, "):
+        Deal(method=wrong)
 
 
 @settings(deadline=None)

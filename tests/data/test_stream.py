@@ -13,11 +13,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from lightning_gr.balancing.cost import TOKENS
+from lightning_gr.balancing.global_batches import GlobalBatches
+from lightning_gr.balancing.token_budget import closest_prefix
 from lightning_gr.data import ParquetDays, StreamDataModule, StreamLoader, UserRows
 from lightning_gr.data.stream import Block
 
@@ -126,6 +130,146 @@ def test_a_worker_changes_nothing() -> None:
     assert [content(b) for b in loader(days, num_workers=1)] == [content(b) for b in loader(days)]
 
 
+# ---- ranks that share a day by blocks ----------------------------------------------------------------------------
+
+
+def shared(
+    days: Any, rank: int, world_size: int, *, mode: Any = "local", tokens: int | None = 7, **changes: Any
+) -> Any:
+    own = loader(days, rank=rank, world_size=world_size, **changes)
+    own.share(mode, tokens_per_rank=tokens)
+    return own
+
+
+@settings(deadline=None, max_examples=40)
+@given(BLOCKS, st.integers(1, 3), st.integers(1, 12))
+def test_ranks_share_a_day_by_blocks(lengths: list[list[tuple[int, int]]], world_size: int, budget: int) -> None:
+    days = make_days(lengths)
+    everything = {sample[0]: sample for batch in loader(days) for sample in content(batch)}
+    seen = []
+    for rank in range(world_size):
+        batches = list(shared(days, rank, world_size, tokens=budget))
+        mine = [sample for sample in everything if (sample >> 20) % world_size == rank]
+        assert [x for batch in batches for x in content(batch)] == [everything[sample] for sample in mine]
+        tokens = [len(everything[sample][1]) for sample in mine]
+        counts = []
+        while tokens:
+            counts.append(closest_prefix(np.array(tokens), budget))
+            tokens = tokens[counts[-1] :]
+        assert [batch.num_sequences for batch in batches] == counts
+        assert all(batch.denominators["next_item"] == batch.labels["next_item"].num_labels for batch in batches)
+        seen += mine
+    assert sorted(seen) == sorted(everything)
+
+
+def test_a_rank_reads_its_own_blocks_only() -> None:
+    class Striding(Days):
+        def __init__(self, days: list[list[Users]]) -> None:
+            super().__init__(days)
+            self.asked: list[tuple[int, int]] = []
+
+        def blocks(self, day: str, first: int = 0, step: int = 1) -> Any:
+            self.asked.append((first, step))
+            for number, block in enumerate(super().blocks(day, first)):
+                if number % step == 0:
+                    yield block
+
+    plain = make_days([[(4, 2)], [(5, 5)], [(3, 3)], [(6, 1)], [(7, 4)]])
+    days = Striding(plain.of_days)
+    for rank in range(2):
+        assert [content(b) for b in shared(days, rank, 2)] == [content(b) for b in shared(plain, rank, 2)]
+    resumed = shared(days, 1, 2)
+    resumed.load_state_dict(resumed.state_dict() | {"cursors": [[0, 3, 0], [0, 4, 0]]})
+    assert list(resumed) == []
+    assert days.asked == [(0, 2), (1, 2), (5, 2)]
+
+
+def test_an_equal_share_of_the_budget_is_a_ranks_own() -> None:
+    days = make_days([[(3, 2)] * 9])
+    assert [b.num_tokens for b in shared(days, 0, 1, tokens=None)] == [12, 6]
+    assert [b.num_tokens for b in shared(days, 0, 3, tokens=None, mode="exchange")] == [4, 4, 4, 4, 2]
+
+
+def iterate_stream(
+    blocks: list[list[tuple[int, int]]],
+    mode: str,
+    accumulate: int,
+    lookahead: int,
+    stop_after: int | None,
+    state: dict[str, Any] | None,
+) -> tuple[list[Any], dict[str, Any]]:
+    """This rank's global batches of a day, and the loader's state behind the last one."""
+    group = dist.new_group(backend="gloo")
+    days = make_days(blocks)
+    own = shared(days, dist.get_rank(), dist.get_world_size(), mode=mode, lookahead=lookahead)
+    if state is not None:
+        own.load_state_dict(state)
+    batches = GlobalBatches(
+        own,
+        mode=mode,  # type: ignore[arg-type]
+        group=group,
+        accumulate=accumulate,
+        tokens_per_rank=None,
+        cost=TOKENS,
+        method="lpt",
+        cursor=own.cursor,
+    )
+    found = []
+    for batch in batches:
+        found.append((content(batch), batch.denominators))
+        own.handed_out(batches.cursors)
+        if len(found) == stop_after:
+            break
+    else:
+        own.handed_out(None)
+    dist.destroy_process_group(group)
+    return found, own.state_dict()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("mode", ["local", "exchange"])
+@pytest.mark.parametrize(("accumulate", "lookahead"), [(1, 0), (2, 0), (1, 1)])
+def test_ranks_go_on_exactly_where_they_stood(gloo: Any, mode: str, accumulate: int, lookahead: int) -> None:
+    rng = np.random.default_rng(3)
+    blocks = [[(int(n), int(n)) for n in rng.integers(2, 9, size)] for size in (6, 2, 5, 0, 4, 1, 7)]
+    job = (iterate_stream, blocks, mode, accumulate, lookahead)
+    whole = gloo(2).run(*job, None, None)
+    count = len(whole[0][0])
+    assert count > 4
+    ids = [sample[0] for batches, _ in whole for batch, _ in batches for sample in batch]
+    assert sorted(ids) == sorted(x[0] for batch in loader(make_days(blocks)) for x in content(batch))
+    for done in range(0, count + 1, accumulate):
+        if done:
+            stopped = gloo(2).run(*job, done + lookahead if done < count else None, None)
+            states = [state for _, state in stopped]
+        else:
+            fresh = shared(make_days(blocks), 0, 2, mode=mode)
+            states = [fresh.state_dict()] * 2
+        assert states[0] == states[1]  # rank 0's is saved for all
+        resumed = gloo(2).run(*job, None, states[0])
+        for (batches, _), (rest, last) in zip(whole, resumed, strict=True):
+            assert rest == batches[done:], done
+            assert last == whole[0][1]
+
+
+def test_a_state_of_ranks_holds_for_as_many_and_for_its_mode() -> None:
+    days = make_days([[(7, 3)]])
+    of_two = shared(days, 0, 2).state_dict()
+    with pytest.raises(ValueError, match=r"world_size=3: .* over 2 process\(es\); resume on as many .*planned"):
+        shared(days, 0, 3).load_state_dict(of_two)
+    with pytest.raises(ValueError, match=r"mode=planned: .* read in mode local or exchange"):
+        loader(days, world_size=2).load_state_dict(of_two)
+    with pytest.raises(ValueError, match=r"mode=local: .* read in mode planned"):
+        shared(days, 0, 2).load_state_dict(loader(days).state_dict())
+    with pytest.raises(ValueError, match=r"tokens_per_rank: the checkpoint's stream was cut with 7, this run has 8"):
+        shared(days, 0, 2, tokens=8).load_state_dict(of_two)
+    shared(days, 1, 2, mode="exchange").load_state_dict(of_two)  # reads as local does
+    with pytest.raises(ValueError, match=r"mode='auto': expected one of planned, local, exchange"):
+        shared(days, 0, 2, mode="auto")
+    with pytest.raises(ValueError, match=r"tokens_per_rank=0: expected at least 1"):
+        shared(days, 0, 2, tokens=0)
+
+
 def test_another_cut_is_refused() -> None:
     days = make_days([[(7, 3)]])
     with pytest.raises(ValueError, match=r"global_tokens: the checkpoint's stream was cut with 12, this run has 14"):
@@ -166,9 +310,9 @@ def test_a_day_is_read_when_it_is_complete(tmp_path: Path) -> None:
     read = [items.tolist() for block in blocks for items in np.split(block.rows.items, block.rows.offsets[1:-1])]
     assert read == [items for items, _ in users_of(0)]
     assert [new for block in blocks for new in block.new_U] == [new for _, new in users_of(0)]
-    assert [b.rows.items.tolist() for b in stream.blocks("2024-05-01", 2)] == [
-        b.rows.items.tolist() for b in blocks[2:]
-    ]
+    for first, step in [(2, 1), (1, 2), (0, 3)]:
+        some = [b.rows.items.tolist() for b in stream.blocks("2024-05-01", first, step)]
+        assert some == [b.rows.items.tolist() for b in blocks[first::step]]
 
 
 @pytest.mark.parametrize(
@@ -304,6 +448,11 @@ def test_it_waits_for_a_day_that_is_being_written(folder: Path) -> None:
     module = fit(folder, Watcher(), epochs=5, wait_s=20, poll_s=0.1)
     writer.join()
     assert module.trained[-1] == (4, day_of(folder, 4)[-1])
+
+
+def test_accumulation_of_batches_dealt_out_one_by_one_is_refused(folder: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=r"accumulate_grad_batches=2: .* to local or exchange"):
+        fit(folder, Watcher(), epochs=1, trainer={"accumulate_grad_batches": 2})
 
 
 def test_settings_that_cannot_work() -> None:

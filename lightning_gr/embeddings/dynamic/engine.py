@@ -45,7 +45,10 @@ class DynamicLookup:
         sizes: by feature in the engine's order, how many ids.
         rows: of each physical table, what was received; the leaves of autograd.
         owned: of each physical table, rows at this process that the received keys stand for.
+        seeds: of each physical table, what the random numbers of stochastic rounding are drawn from.
         ready: leaves that have their gradient.
+        sent: whether the gradients are on their way.
+        keeps_order: whether it was prefetched on the engine's own group.
     """
 
     features: Any
@@ -57,6 +60,7 @@ class DynamicLookup:
     seeds: list[Tensor] = field(default_factory=list)
     ready: int = 0
     sent: bool = False
+    keeps_order: bool = False
 
     def record_stream(self, stream: Any) -> None:
         """As TorchRec's contexts have it; the exchange runs on the stream that made it."""
@@ -119,7 +123,7 @@ class DynamicEngine:
         self.time = self._observed = 0
         self.statistics = ExchangeStatistics()
         self._open: list[DynamicLookup] = []
-        self._queue: list[DynamicLookup] = []
+        self._ahead: list[DynamicLookup] = []
         self._stepped = False
 
         grouped: dict[Any, list[DynamicTableConfig]] = {}
@@ -164,14 +168,24 @@ class DynamicEngine:
     # ---- forward -----------------------------------------------------------------------------------------------
 
     def observe_time(self, seconds: int) -> None:
-        """Tells the clock of the data looked up next; of all processes' the latest counts, and it never goes back.
-
-        A lookup that was prefetched has the clock of that moment.
-        """
+        """Tells the clock of the data looked up next; of all processes' the latest counts, and it never goes back."""
         self._observed = max(self._observed, seconds)
 
-    def begin(self, features: Any, *, training: bool) -> DynamicLookup:
+    def begin(
+        self,
+        features: Any,
+        *,
+        training: bool,
+        time: int | None = None,
+        key_group: dist.ProcessGroup | None = None,
+    ) -> DynamicLookup:
         """Starts a lookup: distinct keys and the exchange of their numbers. Changes no table, so it may run ahead.
+
+        Args:
+            features: a KeyedJaggedTensor with the features of the tables.
+            training: whether the lookup may change tables.
+            time: the clock of the data at this lookup; None means what was observed last.
+            key_group: by which keys travel; None takes the engine's group.
 
         Raises:
             ValueError: a feature is missing.
@@ -189,7 +203,8 @@ class DynamicEngine:
             self.group,
             ids_N,
             offsets_T1,
-            time=self._observed,
+            time=self._observed if time is None else max(time, self._observed),
+            key_group=key_group,
             dedup=self.dedup,
             precision=self.exchange_precision,
         )
@@ -249,21 +264,43 @@ class DynamicEngine:
 
     # ---- prefetch ----------------------------------------------------------------------------------------------
 
-    def prefetch(self, features: Any) -> None:
-        """Starts the lookup of a later training batch; forward takes it up, in the same order, by the same object."""
-        self._queue.append(self.begin(features, training=True))
+    def prefetch(
+        self, features: Any, *, time: int | None = None, key_group: dist.ProcessGroup | None = None
+    ) -> DynamicLookup:
+        """Starts the lookup of a later training batch, which a forward with the same object takes up.
+
+        Args:
+            features: of the later batch.
+            time: the clock of the data at that batch; None means what was observed last.
+            key_group: processes of the engine's group in a group that nothing else uses at the same time; with it, this
+                may be called in another thread. None takes the engine's group, and forwards must keep the order.
+        """
+        lookup = self.begin(features, training=True, time=time, key_group=key_group)
+        lookup.keeps_order = key_group is None
+        self._ahead.append(lookup)
+        return lookup
 
     def take(self, features: Any, *, training: bool) -> DynamicLookup:
         """The prefetched lookup of these features, or a new one.
 
         Raises:
-            RuntimeError: other features were prefetched before these.
+            RuntimeError: other features were prefetched before these, on the same group.
         """
-        if not training or not self._queue:
-            return self.begin(features, training=training)
-        if self._queue[0].features is not features:
-            raise RuntimeError("dynamic tables: forward got other features than those prefetched; keep the order")
-        return self._queue.pop(0)
+        if training:
+            for lookup in list(self._ahead):
+                if lookup.features is features:
+                    self._ahead.remove(lookup)
+                    return lookup
+                if lookup.keeps_order:
+                    raise RuntimeError(
+                        "dynamic tables: forward got other features than those prefetched; keep the order"
+                    )
+        return self.begin(features, training=training)
+
+    def drop(self, lookup: DynamicLookup) -> None:
+        """Forgets a prefetched lookup that no forward took up."""
+        if lookup in self._ahead:
+            self._ahead.remove(lookup)
 
     # ---- gradients ---------------------------------------------------------------------------------------------
 

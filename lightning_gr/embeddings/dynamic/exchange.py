@@ -93,6 +93,8 @@ class LookupExchange:
         time: seconds of the data's clock as this process knows it; the latest one counts for all.
         dedup: which of the two stages run.
         precision: of rows and gradients while they travel.
+        key_group: the same processes, by which keys travel where that runs ahead of rows in a thread of its own; None
+            takes `group`.
 
     Attributes:
         distinct: whether the keys to look up are distinct.
@@ -108,14 +110,18 @@ class LookupExchange:
         time: int,
         dedup: Dedup,
         precision: ExchangePrecision,
+        key_group: dist.ProcessGroup | None = None,
     ) -> None:
         assert dedup in get_args(Dedup)
         self._placement, self._group, self._dedup = placement, group, dedup
+        self._key_group = key_group or group
         self._dtype = DTYPES[precision]
         self.distinct = dedup != "none" if group is None else dedup in ("two_stage", "before_lookup")
         self._num_tables = len(placement.dims)
         self.time = time
         self._num_ids, self._work = len(ids_N), None
+        self._received: UniqueKeys | None = None
+        self._keys_R2: Tensor | None = None
         # Of one process the two stages are the same.
         first = dedup != "none" if group is None else dedup in ("two_stage", "before_exchange")
         unique = _distinct(ids_N, offsets_T1, None, first)
@@ -132,7 +138,7 @@ class LookupExchange:
         outgoing = torch.cat([to.counts_WT.cpu(), times_W1], 1).to(ids_N.device)
         self._incoming = torch.empty_like(outgoing)
         self._sent_WT = to.counts_WT.tolist()
-        self._work = dist.all_to_all_single(self._incoming, outgoing, group=group, async_op=True)
+        self._work = dist.all_to_all_single(self._incoming, outgoing, group=self._key_group, async_op=True)
 
     def _places(self, unique: UniqueKeys, offsets_T1: Sequence[int], order_U: Tensor | None) -> list[Tensor]:
         """Of each physical table, where each looked-up id's row will stand among those of `rows`."""
@@ -151,21 +157,24 @@ class LookupExchange:
     # ---- keys --------------------------------------------------------------------------------------------------
 
     def send_keys(self) -> None:
-        """Waits for the sizes and starts the exchange of keys."""
-        if self._group is None:
+        """Waits for the sizes and starts the exchange of keys; once, however often it is called."""
+        if self._group is None or self._keys_R2 is not None:
             return
         assert self._work is not None
         self._work.wait()
         incoming = self._incoming.tolist()
         self._received_WT = [row[:-1] for row in incoming]
         self.time = max(row[-1] for row in incoming)
-        self._keys_R2, self._work = self._all_to_all(self._keys_U2, _totals(self._sent_WT), _totals(self._received_WT))
+        self._keys_R2, self._work = self._all_to_all(
+            self._keys_U2, _totals(self._sent_WT), _totals(self._received_WT), self._key_group
+        )
 
     def received_keys(self) -> UniqueKeys:
         """Waits for the keys; those to look up, by table, with how often all processes together want each."""
-        if self._group is None:
+        if self._received is not None:
             return self._received
         assert self._work is not None
+        assert self._keys_R2 is not None
         self._work.wait()
         blocks = self._keys_R2.split([n for row in self._received_WT for n in row])
         by_table = [
@@ -176,7 +185,7 @@ class LookupExchange:
         ids_R, counts_R = keys_R2[:, 0].contiguous(), keys_R2[:, 1].contiguous()
         second = self._dedup in ("two_stage", "before_lookup")
         self._received = _distinct(ids_R, _cumulated(sizes), counts_R, second)
-        self._inverses = self._travel_order()
+        self._inverses = self._travel_order(self._received)
         return self._received
 
     # ---- rows --------------------------------------------------------------------------------------------------
@@ -199,7 +208,7 @@ class LookupExchange:
                 # Written where it leaves from: a copy more would cost about as much as sending it.
                 torch.index_select(narrow[p], 0, places, out=outgoing[at:end].view(n, dim))
                 at, taken[p] = end, taken[p] + n
-        self._flat, self._work = self._all_to_all(outgoing, sent, self._elements(self._sent_WT))
+        self._flat, self._work = self._all_to_all(outgoing, sent, self._elements(self._sent_WT), self._group)
 
     def rows(self) -> list[Tensor]:
         """Waits for the rows; float32, of each physical table, in the order that `places` count in."""
@@ -221,12 +230,12 @@ class LookupExchange:
         flat = [parts[p][w].reshape(-1) for w in range(len(sizes)) for p in range(len(parts))]
         outgoing = (torch.cat(flat) if len(grads) > 1 else grads[0].reshape(-1)).to(self._dtype)
         self._flat, self._work = self._all_to_all(
-            outgoing, self._elements(self._sent_WT), self._elements(self._received_WT)
+            outgoing, self._elements(self._sent_WT), self._elements(self._received_WT), self._group
         )
 
     def gradients(self) -> list[Tensor]:
         """Waits for the gradients; summed over all that wanted a key, of each physical table (K, D)."""
-        sizes = _differences(self._received.offsets_T1)
+        sizes = _differences(self.received_keys().offsets_T1)
         counts = [sum(sizes[a:b]) for a, b in self._spans()]
         if self._group is None:
             return self._gradients
@@ -244,7 +253,7 @@ class LookupExchange:
         into.ids += self._num_ids
         into.sent_keys += sum(map(sum, sent))
         into.received_keys += sum(map(sum, received))
-        into.looked_up_keys += self._received.offsets_T1[-1]
+        into.looked_up_keys += self.received_keys().offsets_T1[-1]
         if self._group is not None:
             into.id_bytes += 16 * sum(sum(row) for w, row in enumerate(sent) if w != own)
             elements = self._elements(received)
@@ -260,11 +269,11 @@ class LookupExchange:
     def _elements(self, counts_WT: list[list[int]]) -> list[int]:
         return [sum(n * d for n, d in zip(row, self._placement.dims, strict=True)) for row in counts_WT]
 
-    def _travel_order(self) -> list[Tensor]:
+    def _travel_order(self, received: UniqueKeys) -> list[Tensor]:
         """Of each physical table, where the received keys, by source and then table, stand among its distinct ones."""
-        num, begins = len(self._received_WT), self._received.offsets_T1
+        num, begins = len(self._received_WT), received.offsets_T1
         sizes = [row[t] for t in range(self._num_tables) for row in self._received_WT]
-        blocks = self._received.inverse_N.split(sizes)
+        blocks = received.inverse_N.split(sizes)
         return [
             torch.cat([blocks[t * num + w] for w in range(num) for t in range(a, b)]) - begins[a]
             for a, b in self._spans()
@@ -280,9 +289,12 @@ class LookupExchange:
         parts = [[blocks[w * len(dims) + p].view(-1, d) for w in range(len(sizes))] for p, d in enumerate(dims)]
         return [torch.cat(rows).to(torch.float32) for rows in parts]
 
-    def _all_to_all(self, outgoing: Tensor, sent: list[int], received: list[int]) -> tuple[Tensor, Any]:
+    @staticmethod
+    def _all_to_all(
+        outgoing: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup | None
+    ) -> tuple[Tensor, Any]:
         incoming = _empty((sum(received), *outgoing.shape[1:]), outgoing.dtype, outgoing.device)
-        work = dist.all_to_all_single(incoming, outgoing, received, sent, group=self._group, async_op=True)
+        work = dist.all_to_all_single(incoming, outgoing, received, sent, group=group, async_op=True)
         return incoming, work
 
 

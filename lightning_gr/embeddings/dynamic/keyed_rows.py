@@ -21,7 +21,7 @@ from lightning_gr.embeddings.dynamic.row_storage import Metadata, RowStorage
 from lightning_gr.embeddings.dynamic.sparse_optimizers import SparseOptimizerConfig
 from lightning_gr.embeddings.dynamic.table_config import DynamicTableConfig
 
-_INDEX_BYTES_PER_KEY = 38
+INDEX_BYTES_PER_KEY = 38
 """Of a key in the index at its emptiest, just after it doubled: 14 bytes a slot at a load of .375."""
 
 
@@ -102,7 +102,7 @@ class KeyedRows:
         )
         # Any row of mixed precision may become hot.
         hot_bytes = 4 * self.dim if first.precision == "mixed" else 0
-        bytes_per_row = self.storage.row_bytes + hot_bytes + _INDEX_BYTES_PER_KEY
+        bytes_per_row = self.storage.row_bytes + hot_bytes + INDEX_BYTES_PER_KEY
         self.budgets = [row_budget(config.policy, bytes_per_row=bytes_per_row, name=config.name) for config in configs]
         self.group_bits = [
             group_bits(budget, virtual_shards, config.policy.rows_per_group)

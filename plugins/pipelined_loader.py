@@ -1,0 +1,330 @@
+"""PipelinedLoader: a loader whose next batches are fetched, copied and looked up while the present one trains."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_gr.plugins.rank_watch import RankWatch
+from lightning_gr.plugins.stage_log import StageLog
+from lightning_gr.plugins.staged_batch import StagedBatch
+from lightning_gr.plugins.started_lookups import StartedLookups
+
+_END = object()
+
+
+class PipelinedLoader:
+    """Iterates like the loader inside; every batch that it has is trained, in the same order.
+
+    Stages of a batch: *fetch* reads and collates (and pins) it, *copy* calls the batch hooks and moves it to the
+    device, *lookup* exchanges the ids of its table lookups. On the CPU fetch and lookup have a thread each; hooks run
+    where they run without a pipeline, in the training process's main thread. On a GPU copy and lookup are issued from
+    the main thread on a stream each, since collectives of several threads could reach the device in different orders on
+    different ranks.
+
+    Every rank has the same batches in flight at the same step, so that the collectives of a stage that are under way
+    when iteration stops find their partners.
+
+    Args:
+        loader: what to iterate over.
+        prepare: the batch hooks and the move to the device.
+        look_up: the lookups of a batch, nothing of which has begun; None leaves them to the training step.
+        depth: batches in flight behind the present one, at least 1.
+        device: where batches go.
+        log: gets an event for each stage of each batch.
+        watch: told of failures, which it explains by the rank that caused them; None leaves them as they are.
+        enabled: asked when an iteration begins; where it says no, batches pass through untouched.
+        threads: whether stages run in threads; None means: on the CPU.
+    """
+
+    def __init__(
+        self,
+        loader: Any,
+        *,
+        prepare: Callable[[Any], Any],
+        look_up: Callable[[Any], StartedLookups] | None,
+        depth: int,
+        device: torch.device,
+        log: StageLog,
+        watch: RankWatch | None = None,
+        enabled: Callable[[], bool] = lambda: True,
+        threads: bool | None = None,
+    ) -> None:
+        assert depth >= 1
+        self.loader, self.prepare, self.look_up = loader, prepare, look_up
+        self.depth, self.device, self.log, self._enabled = depth, device, log, enabled
+        self.threads = device.type == "cpu" if threads is None else threads
+        self._watch = watch
+        self._run: _Run | None = None
+        self._numbers = 0
+        self._state: dict[str, Any] | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "loader":  # before __init__, as copy and pickle look for it
+            raise AttributeError(name)
+        return getattr(self.loader, name)
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        # A generator, so nothing happens before the first batch is asked for: Lightning makes idle iterators.
+        self.stop()
+        if not self._enabled():
+            yield from self.loader
+            return
+        run = self._run = _Run(self)
+        batches = iter(run)
+        try:
+            while True:
+                if self._watch is not None:
+                    self._watch.at("loading batch", self._numbers)
+                with nullcontext() if self._watch is None else self._watch.guard():
+                    found = next(batches, None)
+                if found is None:
+                    return
+                staged, self._state = found
+                yield staged
+        except GeneratorExit:
+            run.close()
+            raise
+        except BaseException:
+            run.close(wait=False)  # other ranks may not come by any more
+            raise
+        finally:
+            run.close()
+
+    def next_number(self) -> int:
+        """Counts batches."""
+        self._numbers += 1
+        return self._numbers - 1
+
+    def flush(self) -> None:
+        """Waits until no stage is at work; what is in flight stays there."""
+        if self._run is not None:
+            self._run.flush()
+
+    def stop(self, *, wait: bool = True) -> None:
+        """Ends an iteration that somebody left, with what is in flight.
+
+        Args:
+            wait: whether to let stages finish. After a failure other ranks may never answer.
+        """
+        if self._run is not None:
+            self._run.close(wait=wait)
+            self._run = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """That of the loader inside, as it was when the present batch had been fetched, whatever is in flight."""
+        return self._state if self._state is not None else state_of(self.loader)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Passes the state on to the loader inside."""
+        self._state = None
+        if hasattr(self.loader, "load_state_dict"):
+            self.loader.load_state_dict(state)
+
+
+@dataclass
+class _InFlight:
+    """A batch on its way.
+
+    Args:
+        staged: the batch.
+        state: of the loader after it was fetched.
+        lookups: done when the ids have arrived.
+        copied: done when the batch is on its device; None on the CPU.
+    """
+
+    staged: StagedBatch
+    state: dict[str, Any]
+    lookups: Future[None] | None
+    copied: Any
+
+
+class _Run:
+    """One iteration: its threads, and what is in flight."""
+
+    def __init__(self, of: PipelinedLoader) -> None:
+        self._of = of
+        self._fetching = _StageThread("fetch") if of.threads else None
+        self._looking_up = _StageThread("lookup") if of.threads and of.look_up is not None else None
+        cuda = of.device.type == "cuda"
+        self._copy_stream = torch.cuda.Stream(of.device) if cuda else None
+        self._lookup_stream = torch.cuda.Stream(of.device) if cuda else None
+        self._fetched: deque[Future[Any]] = deque()
+        self._flight: deque[_InFlight] = deque()
+        self._iterator: Iterator[Any] | None = None
+        self._closed = False
+
+    def __iter__(self) -> Iterator[tuple[StagedBatch, dict[str, Any]]]:
+        of = self._of
+        self._iterator = iter(of.loader)
+        # In this thread, so that a DataLoader starts its workers and their signal handlers from here.
+        self._fetched.append(_done(self._fetch))
+        while True:
+            while self._fetched and len(self._flight) <= of.depth:
+                self._admit()
+            if not self._flight:
+                return
+            if self._looking_up is None:
+                for flying in self._flight:
+                    self._advance(flying)
+            flying = self._flight.popleft()
+            if flying.lookups is not None:
+                flying.lookups.result()
+            else:
+                with self._on(self._lookup_stream), of.log.record("lookup", flying.staged.number):
+                    flying.staged.lookups.finish()
+            self._hand_over(flying)
+            yield flying.staged, flying.state
+            flying.staged.lookups.drop()
+
+    # ---- stages ------------------------------------------------------------------------------------------------
+
+    def _fetch(self) -> Any:
+        assert self._iterator is not None
+        number = self._of.next_number()
+        with self._of.log.record("fetch", number):
+            batch = next(self._iterator, _END)
+            if batch is _END:
+                return _END
+            if self._of.device.type == "cuda" and hasattr(batch, "pin_memory"):
+                batch = batch.pin_memory()
+        return number, batch, state_of(self._of.loader)
+
+    def _admit(self) -> None:
+        """Takes the next fetched batch into flight, and has the one after it fetched."""
+        of = self._of
+        fetched = self._fetched.popleft().result()
+        if fetched is _END:
+            return
+        number, batch, state = fetched
+        # One fetch is under way beyond what is in flight, on every rank alike.
+        self._fetched.append(_done(self._fetch) if self._fetching is None else self._fetching.submit(self._fetch))
+        with of.log.record("copy", number), self._on(self._copy_stream):
+            batch = of.prepare(batch)
+        copied = None if self._copy_stream is None else self._copy_stream.record_event()
+        started = of.look_up(batch) if of.look_up is not None else StartedLookups()
+        future = None
+        if self._looking_up is not None:
+
+            def look_up() -> None:
+                with of.log.record("lookup", number):
+                    started.finish()
+
+            future = self._looking_up.submit(look_up)
+        self._flight.append(_InFlight(StagedBatch(batch, number, started), state, future, copied))
+
+    def _advance(self, flying: _InFlight) -> None:
+        """Without threads a lookup goes on by one phase with every batch that is asked for."""
+        with self._on(self._lookup_stream):
+            if self._lookup_stream is not None and flying.copied is not None:
+                self._lookup_stream.wait_event(flying.copied)
+            flying.staged.lookups.advance()
+
+    def _hand_over(self, flying: _InFlight) -> None:
+        """Makes the stream that computes wait for those that prepared the batch."""
+        if self._copy_stream is None or self._lookup_stream is None:
+            return
+        compute = torch.cuda.current_stream(self._of.device)
+        compute.wait_event(flying.copied)
+        compute.wait_stream(self._lookup_stream)
+        batch = flying.staged.batch
+        if hasattr(batch, "record_stream"):
+            batch.record_stream(compute)
+        elif isinstance(batch, (list, tuple, dict)):
+            for tensor in batch.values() if isinstance(batch, dict) else batch:
+                if isinstance(tensor, Tensor) or hasattr(tensor, "record_stream"):
+                    tensor.record_stream(compute)
+
+    @staticmethod
+    def _on(stream: Any) -> Any:
+        return nullcontext() if stream is None else torch.cuda.stream(stream)
+
+    # ---- end ---------------------------------------------------------------------------------------------------
+
+    def flush(self) -> None:
+        if self._copy_stream is not None:
+            torch.cuda.current_stream(self._of.device).wait_stream(self._copy_stream)
+        for flying in self._flight:
+            if flying.lookups is not None:
+                flying.lookups.result()
+        for fetched in self._fetched:
+            fetched.exception()  # it is raised where the batch is asked for
+
+    def close(self, *, wait: bool = True) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        if wait:
+            for flying in self._flight:
+                if flying.lookups is not None:
+                    flying.lookups.exception()
+            for fetched in self._fetched:
+                fetched.exception()
+        for thread in (self._fetching, self._looking_up):
+            if thread is not None:
+                thread.close()
+        for flying in self._flight:
+            flying.staged.lookups.drop()
+        self._flight.clear()
+        self._fetched.clear()
+        if wait and hasattr(self._iterator, "close"):
+            self._iterator.close()  # type: ignore[union-attr]
+        self._iterator = None
+
+
+def state_of(loader: Any) -> dict[str, Any]:
+    """The position of a loader that has one; empty otherwise."""
+    state: dict[str, Any] = loader.state_dict() if hasattr(loader, "state_dict") else {}
+    return state
+
+
+def _done(call: Callable[[], Any]) -> Future[Any]:
+    """What a call returns, or raises, as a future that is done."""
+    future: Future[Any] = Future()
+    _settle(future, call)
+    return future
+
+
+def _settle(future: Future[Any], call: Callable[[], Any]) -> None:
+    try:
+        future.set_result(call())
+    except BaseException as error:
+        future.set_exception(error)
+
+
+class _StageThread:
+    """A thread that does one call after another; a daemon, so that a lost collective cannot keep the process alive."""
+
+    def __init__(self, name: str) -> None:
+        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        threading.Thread(target=self._work, name=f"lightning-gr-{name}", daemon=True).start()
+
+    def submit(self, call: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._calls.put((future, call))
+        return future
+
+    def close(self) -> None:
+        self._calls.put(None)
+
+    def _work(self) -> None:
+        failed: BaseException | None = None
+        while (entry := self._calls.get()) is not None:
+            future, call = entry
+            if failed is not None:
+                future.set_exception(failed)  # its collectives would meet other ranks' later ones
+                continue
+            _settle(future, call)
+            failed = future.exception()

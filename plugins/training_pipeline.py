@@ -1,0 +1,237 @@
+"""TrainingPipeline: makes a training loader balanced and pipelined, and follows its batches through the step."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
+from torch.utils.data import DataLoader, DistributedSampler
+
+from lightning_gr._compat import skip_hook_of_staged_batches
+from lightning_gr.balancing.cost import TOKENS, SequenceCost, cost_of
+from lightning_gr.balancing.settings import Balancing
+from lightning_gr.data.loader import PlannedLoader
+from lightning_gr.data.stream_loader import StreamLoader
+from lightning_gr.plugins.pipelined_loader import PipelinedLoader
+from lightning_gr.plugins.rank_watch import RankWatch
+from lightning_gr.plugins.rebatched_loader import RebatchedLoader
+from lightning_gr.plugins.stage_log import StageLog
+from lightning_gr.plugins.staged_batch import StagedBatch
+
+if TYPE_CHECKING:
+    from datetime import timedelta
+
+    import lightning.pytorch as pl
+
+    from lightning_gr.plugins.dynamic_training import DynamicTraining
+
+
+class TrainingPipeline:
+    """What a strategy does to the training loader.
+
+    Args:
+        balancing: how samples are dealt out over the ranks.
+        depth: batches prepared ahead; 0 leaves batches as they come.
+        module: wrapped, with sharded collections.
+        dynamic: its dynamic tables.
+        device: where batches go.
+        timeout: how long a collective may wait for the slowest rank.
+        prepare: moves a batch to the device, with the hooks that belong to it.
+        watch: explains failures by the rank that caused them.
+        check_settings: refuses or warns of what tables cannot honour; asked again when accumulation begins here.
+
+    Attributes:
+        log: when each stage worked on which batch.
+    """
+
+    def __init__(
+        self,
+        *,
+        balancing: Balancing,
+        depth: int,
+        module: pl.LightningModule,
+        dynamic: DynamicTraining,
+        device: torch.device,
+        timeout: timedelta,
+        prepare: Callable[[Any], Any],
+        watch: RankWatch,
+        check_settings: Callable[[pl.Trainer], None],
+    ) -> None:
+        self._balancing, self._depth = balancing, depth
+        self._module, self._device, self._prepare = module, device, prepare
+        self.log, self._watch = StageLog(), watch
+        from lightning_gr.plugins.lookup_prefetch import LookupPrefetch
+
+        # Every rank makes the groups in this order, whichever it will use.
+        self._batch_group = dist.new_group(timeout=timeout, backend="gloo")
+        self._lookups = (
+            LookupPrefetch(module, group=dist.new_group(timeout=timeout), time_of=dynamic.time_of) if depth else None
+        )
+        self._check_settings, self._micro_steps = check_settings, 1
+        self._loader: PipelinedLoader | None = None
+        self._present: StagedBatch | None = None
+        self._began = 0.0
+
+    # ---- loaders -----------------------------------------------------------------------------------------------
+
+    def wrap(self, loader: Any) -> Any:
+        """The training loader, balanced and pipelined.
+
+        Raises:
+            MisconfigurationException: the loader cannot be balanced as asked.
+        """
+        trainer = self._module.trainer
+        loader = self._balanced(loader, trainer)
+        if self._depth == 0 or "dataloader_iter" in inspect.signature(self._module.training_step).parameters:
+            return loader
+        skip_hook_of_staged_batches(self._module, StagedBatch)
+        self.stop(wait=True)
+        self._loader = PipelinedLoader(
+            loader,
+            prepare=self._prepare_fully,
+            look_up=None if self._lookups is None else self._lookups.start,
+            depth=self._depth,
+            device=self._device,
+            log=self.log,
+            enabled=self._is_only_loader,
+            watch=self._watch,
+        )
+        return self._loader
+
+    def _is_only_loader(self) -> bool:
+        """Whether a batch is that of one loader; of several, Lightning puts batches together behind this."""
+        if isinstance(self._module.trainer.train_dataloader, PipelinedLoader):
+            return True
+        rank_zero_warn(f"pipeline_depth={self._depth}: not used, since there are several training loaders")
+        return False
+
+    def cost(self) -> SequenceCost:
+        """What a sequence costs: by the settings, or by the module."""
+        if isinstance(self._balancing.cost, SequenceCost):
+            return self._balancing.cost
+        return cost_of(self._module) if self._balancing.cost == "model" else TOKENS
+
+    def _balanced(self, loader: Any, trainer: pl.Trainer) -> Any:
+        settings, name = self._balancing, type(loader).__name__
+        if isinstance(loader, PlannedLoader):
+            if settings.mode in ("local", "exchange"):
+                raise MisconfigurationException(
+                    f"balancing.mode={settings.mode}: the training data has an index, from which planned mode deals "
+                    "out whole batches without a message; leave mode out, or train from a StreamDataModule"
+                )
+            self._cut_into_micro_steps(loader, trainer)
+            return loader
+        if settings.mode == "local" or settings.mode == "exchange":
+            return RebatchedLoader(
+                loader,
+                mode=settings.mode,
+                group=self._batch_group,
+                accumulate=lambda: trainer.accumulate_grad_batches,
+                tokens_per_rank=settings.tokens_per_rank,
+                cost=self.cost(),
+                method=settings.partitioner,
+            )
+        if settings.mode == "planned" and not isinstance(loader, StreamLoader):
+            unsized = "has no length and " if not hasattr(loader, "__len__") else ""
+            raise MisconfigurationException(
+                f"balancing.mode=planned: {name} {unsized}has no plan, since nothing tells the lengths of its samples "
+                "ahead; use SequenceDataModule or RankingDataModule, or mode exchange"
+            )
+        if settings.tokens_per_rank is not None:
+            rank_zero_warn(
+                f"balancing.tokens_per_rank={settings.tokens_per_rank}: not used, since {name} makes its own batches; "
+                "set mode to local or exchange"
+            )
+        if isinstance(loader, DataLoader) and isinstance(loader.sampler, DistributedSampler):
+            self._warn_of_repeated_samples(loader)
+        return loader
+
+    def _cut_into_micro_steps(self, loader: PlannedLoader, trainer: pl.Trainer) -> None:
+        """Tells the loader how batches are dealt out, and the Trainer how many of them make a step."""
+        settings, batches = self._balancing, trainer.accumulate_grad_batches // self._micro_steps
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, GradientAccumulationScheduler):
+                raise MisconfigurationException(
+                    "GradientAccumulationScheduler: a planned batch carries the label counts of its whole optimizer "
+                    "step, so the number of batches in one cannot change; use Trainer(accumulate_grad_batches=...)"
+                )
+        self._micro_steps = loader.balance(
+            cost=self.cost(),
+            method=settings.partitioner,
+            tokens_per_rank=settings.tokens_per_rank,
+            accumulate=batches,
+        )
+        trainer.accumulate_grad_batches = batches * self._micro_steps
+        if self._micro_steps > 1:
+            rank_zero_info(
+                f"tokens_per_rank={settings.tokens_per_rank}: each global batch is computed in {self._micro_steps} "
+                "micro-steps"
+            )
+            self._check_settings(trainer)
+
+    @staticmethod
+    def _warn_of_repeated_samples(loader: DataLoader[Any]) -> None:
+        sampler = loader.sampler
+        assert isinstance(sampler, DistributedSampler)
+        size = len(sampler.dataset)  # type: ignore[arg-type]
+        if not sampler.drop_last and size % sampler.num_replicas:
+            rank_zero_warn(
+                f"DistributedSampler: {size} samples do not divide by {sampler.num_replicas} processes, so it repeats "
+                f"{-size % sampler.num_replicas} of them in each epoch and the result depends on the number of "
+                "processes; use SequenceDataModule, or Trainer(use_distributed_sampler=False) with a loader of your own"
+            )
+
+    def _prepare_fully(self, batch: Any) -> Any:
+        """What Lightning does to a batch before the training step."""
+        trainer, module = self._module.trainer, self._module
+        batch = trainer.precision_plugin.convert_input(batch)
+        batch = type(module)._on_before_batch_transfer(module, batch, dataloader_idx=0)
+        return self._prepare(batch)
+
+    # ---- a step ------------------------------------------------------------------------------------------------
+
+    def unwrap(self, batch: Any) -> Any:
+        """The batch that Lightning is about to train, out of what the loader handed over."""
+        self._present = batch
+        return batch.batch
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Encloses the forward of a training step; learns from the first what is looked up."""
+        self._began = time.perf_counter()
+        if self._lookups is None or self._lookups.knows or self._present is None:
+            yield
+            return
+        with self._lookups.learning(self._present.batch):
+            yield
+
+    def stepped(self) -> None:
+        """Records the compute of the present batch up to here: its backward, or the optimiser's step."""
+        if self._present is not None:
+            began, self._began = self._began, time.perf_counter()
+            self.log.add("train", self._present.number, began, self._began)
+
+    def flush(self) -> None:
+        """Waits until no stage is at work, as before an evaluation or a checkpoint."""
+        if self._loader is not None:
+            self._loader.flush()
+
+    def end(self, *, wait: bool) -> None:
+        """Ends a fit, as `stop`; the Trainer gets back the settings that it came with."""
+        self.stop(wait=wait)
+        self._module.trainer.accumulate_grad_batches //= self._micro_steps
+        self._micro_steps = 1
+
+    def stop(self, *, wait: bool) -> None:
+        """Ends what is in flight; without waiting after a failure."""
+        if self._loader is not None:
+            self._loader.stop(wait=wait)
+        self._loader = self._present = None
