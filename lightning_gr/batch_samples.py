@@ -268,7 +268,8 @@ def to_bytes(batch: SequenceBatch) -> Tensor:
     parts = [torch.tensor([len(text)]), text, *held.values()]
     padded: list[Tensor] = []
     for part in parts:
-        own = part.contiguous().view(-1).view(torch.uint8)
+        # Of at most one element, a tensor is contiguous with any stride, but may not be viewed as bytes.
+        own = part.contiguous().as_strided((part.numel(),), (1,)).view(torch.uint8)
         padded += [own, torch.zeros(-len(own) % _ALIGNMENT, dtype=torch.uint8)]
     return torch.cat(padded)
 

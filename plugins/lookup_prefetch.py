@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -137,7 +138,8 @@ class LookupPrefetch:
         return send
 
     def _pipelined_forward(self, path: str, collection: Any) -> Callable[..., Any]:
-        plain = collection.forward
+        # Of the class: an earlier fit may have left its own on the instance.
+        plain = functools.partial(type(collection).forward, collection)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             ready = self._ready.pop((path, id(args[0])), None) if args and collection.training else None

@@ -91,6 +91,7 @@ class PipelinedLoader:
                 with nullcontext() if self._watch is None else self._watch.guard():
                     found = next(batches, None)
                 if found is None:
+                    self._state = run.final_state
                     return
                 staged, self._state = found
                 yield staged
@@ -165,6 +166,7 @@ class _Run:
         self._flight: deque[_InFlight] = deque()
         self._iterator: Iterator[Any] | None = None
         self._closed = False
+        self.final_state: dict[str, Any] | None = None
 
     def __iter__(self) -> Iterator[tuple[StagedBatch, dict[str, Any]]]:
         of = self._of
@@ -207,6 +209,7 @@ class _Run:
         of = self._of
         fetched = self._fetched.popleft().result()
         if fetched is _END:
+            self.final_state = state_of(of.loader)
             return
         number, batch, state = fetched
         # One fetch is under way beyond what is in flight, on every rank alike.

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
     from lightning_gr.plugins.dynamic_training import DynamicTraining
 
+_GROUPS_ATTRIBUTE = "_lightning_gr_pipeline_groups"
+
 
 class TrainingPipeline:
     """What a strategy does to the training loader.
@@ -67,14 +69,16 @@ class TrainingPipeline:
     ) -> None:
         self._balancing, self._depth = balancing, depth
         self._module, self._device, self._prepare = module, device, prepare
-        self.log, self._watch = StageLog(), watch
         from lightning_gr.plugins.lookup_prefetch import LookupPrefetch
 
-        # Every rank makes the groups in this order, whichever it will use.
-        self._batch_group = dist.new_group(timeout=timeout, backend="gloo")
-        self._lookups = (
-            LookupPrefetch(module, group=dist.new_group(timeout=timeout), time_of=dynamic.time_of) if depth else None
+        self.log, self._watch = StageLog(), watch
+        # Every rank makes the groups in this order, whichever it will use, and once: a group keeps its connections.
+        self._batch_group, lookup_group = module.__dict__.get(_GROUPS_ATTRIBUTE) or (
+            dist.new_group(timeout=timeout, backend="gloo"),
+            dist.new_group(timeout=timeout),
         )
+        module.__dict__[_GROUPS_ATTRIBUTE] = (self._batch_group, lookup_group)
+        self._lookups = LookupPrefetch(module, group=lookup_group, time_of=dynamic.time_of) if depth else None
         self._check_settings, self._micro_steps = check_settings, 1
         self._loader: PipelinedLoader | None = None
         self._present: StagedBatch | None = None
@@ -227,6 +231,9 @@ class TrainingPipeline:
     def end(self, *, wait: bool) -> None:
         """Ends a fit, as `stop`; the Trainer gets back the settings that it came with."""
         self.stop(wait=wait)
+        if not wait:
+            # Stages may still be at work on them.
+            self._module.__dict__.pop(_GROUPS_ATTRIBUTE, None)
         self._module.trainer.accumulate_grad_batches //= self._micro_steps
         self._micro_steps = 1
 

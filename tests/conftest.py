@@ -1,4 +1,4 @@
-"""Shared fixtures: pools of real gloo processes, started once a session and reused by every distributed test."""
+"""Shared fixtures: pools of real processes, started once a session and reused by every distributed test."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
+
+GPUS = int(os.environ.get("LIGHTNING_GR_TEST_GPUS", "0"))
+"""GPUs, one a rank, over NCCL, as multi_gpu.sh sets it; 0 means ranks on the CPU over gloo."""
 
 
 def _load(file: str) -> Any:
@@ -38,15 +41,18 @@ def _work(rank: int, world_size: int, port: int, pipe: Any) -> None:
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "tests",
         "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
     }
+    if not GPUS:
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from datetime import timedelta
 
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=100))
+    if GPUS:
+        torch.cuda.set_device(rank)
+    dist.init_process_group("nccl" if GPUS else "gloo", timeout=timedelta(seconds=100))
     while (job := pipe.recv()) is not None:
         file, name, args, kwargs = job
         try:
@@ -101,6 +107,8 @@ def gloo() -> Iterator[Callable[[int], GlooPool]]:
     pools: dict[int, GlooPool] = {}
 
     def pool(world_size: int) -> GlooPool:
+        if 0 < GPUS < world_size:
+            pytest.skip(f"{world_size} ranks on {GPUS} GPUs")
         if world_size not in pools or pools[world_size].closed:
             pools[world_size] = GlooPool(world_size)
         return pools[world_size]

@@ -126,6 +126,7 @@ def test_the_demo_on_a_users_file(folder: Path) -> None:
     command = [*shell("lightning-gr demo"), "--data", "events.csv", "--epochs", "1", "--out", "shown"]
     output = run(command, folder)
     assert "most popular items" in output
+    assert "as they come" in output
     assert output.count("history ") == 3
     assert list((folder / "shown/predictions").glob("*.parquet"))
     assert (folder / "shown/csv/metrics.csv").is_file()

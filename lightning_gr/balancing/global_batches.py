@@ -95,7 +95,7 @@ class GlobalBatches:
         self._rank = 0 if group is None else dist.get_rank(group)
         self._world_size = 1 if group is None else dist.get_world_size(group)
         self._room = _FIRST_ROOM
-        self._padding: tuple[int, SequenceBatch | None] = (_UNKNOWN, None)
+        self._padding_known, self._padding_bytes = _UNKNOWN, _bytes(b"")
         own = self._without_padding(batches)
         self._own = own if tokens_per_rank is None else token_budget_batches(own, tokens_per_rank)
         self._windows = self._all_windows()
@@ -116,9 +116,11 @@ class GlobalBatches:
                     f"the training loader yields {type(batch).__name__}: mode {self._mode} counts and moves the "
                     "sequences of a lightning_gr.batch.SequenceBatch; yield those, or balance in the loader itself"
                 )
-            if self._padding[0] < _KNOWN:
+            if self._padding_known < _KNOWN:
                 tells = not batch.dense or batch.num_tokens != batch.num_sequences
-                self._padding = (_KNOWN if tells else _GUESSED, padding_like(batch))
+                self._padding_known = _KNOWN if tells else _GUESSED
+                # As bytes at once: what fails here is told to the other ranks.
+                self._padding_bytes = to_bytes(padding_like(batch))
             if batch.num_samples == batch.num_sequences:
                 yield batch
             elif batch.num_samples:
@@ -136,7 +138,7 @@ class GlobalBatches:
             "batches": len(drawn),
             "weights": {task: sum(_weight(batch.labels[task]) for batch in drawn) for task in tasks},
             "structure": structure(drawn[0]) if drawn else None,
-            "padding": self._padding[0],
+            "padding": self._padding_known,
             "cursor": [] if self._cursor is None else self._cursor(),
             "largest": max((batch.num_tokens for batch in drawn), default=0),
             "tokens": [x for b in drawn for x in b.layout.lengths_B.tolist()] if self._mode == "exchange" else [],
@@ -161,8 +163,7 @@ class GlobalBatches:
                 own = concatenate(drawn) if drawn else None
                 bounds = [0, *running_sums(len(x) for x in tokens)]
                 mine = exchange(own, bounds, rank_S=rank_S, step_S=step_S, steps=steps, group=self._group)
-            padding = self._padding[1]
-            assert padding is not None
+            padding = from_bytes(self._padding_bytes)
             denominators = {task: float(sum(rank["weights"].get(task, 0) for rank in ranks)) for task in padding.labels}
             epoch = next(int(rank["structure"]["epoch"]) for rank in ranks if rank["structure"])
             for step, batch in enumerate(mine):
@@ -201,11 +202,9 @@ class GlobalBatches:
         if min(known) == max(known):
             return
         teacher = known.index(max(known))
-        padding = self._padding[1]
-        sent = to_bytes(padding) if self._rank == teacher and padding is not None else torch.zeros(0, dtype=torch.uint8)
-        lesson = self._gather(sent)[teacher]
-        if self._padding[0] < known[teacher]:
-            self._padding = (known[teacher], from_bytes(lesson))
+        lesson = self._gather(self._padding_bytes if self._rank == teacher else _bytes(b""))[teacher]
+        if self._padding_known < known[teacher]:
+            self._padding_known, self._padding_bytes = known[teacher], lesson
 
     def _gather(self, message: Tensor) -> list[Tensor]:
         """Every rank's bytes: one collective, and another one the first time that there is no room for a message."""
@@ -228,4 +227,4 @@ def _weight(labels: Labels) -> float:
 
 
 def _bytes(text: bytes) -> Tensor:
-    return torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    return torch.from_numpy(np.frombuffer(bytearray(text), dtype=np.uint8))

@@ -17,6 +17,7 @@ RECIPE = "hstu/tiny"
 TOP_K = 10
 _USERS_SHOWN = 3
 _HISTORY_SHOWN = 8
+_BALANCE = "balance.json"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -63,6 +64,7 @@ def main(argv: Sequence[str]) -> int:
         return code
 
     _show_metrics(args.out, log, oracle, console)
+    _show_balance(args.out, console)
     _show_users(args.out, log, console)
     console.print(
         f"\ncheckpoint  {checkpoint}\nlogs        {args.out / 'tensorboard'} (TensorBoard), {args.out / 'csv'}"
@@ -92,6 +94,9 @@ def _overlay(out: Path, log: Path, devices: int, epochs: int | None) -> Path:
                 "init_args": {"save_dir": str(out), "name": "", "version": version},
             }
             for kind, version in (("TensorBoardLogger", "tensorboard"), ("CSVLogger", "csv"))
+        ],
+        "callbacks+": [
+            {"class_path": "lightning_gr.cli.demo_balance.BalanceReport", "init_args": {"file": str(out / _BALANCE)}}
         ],
     }
     if epochs is not None:
@@ -154,6 +159,12 @@ def _show_metrics(out: Path, log: Path, oracle: dict[str, Any] | None, console: 
         table.add_row("share of the best", *(f"{x / y:.1%}" for x, y in zip(model, best, strict=True)))
     console.print()
     console.print(table)
+
+
+def _show_balance(out: Path, console: Any) -> None:
+    from lightning_gr.cli.demo_balance import show
+
+    show(json.loads((out / _BALANCE).read_text()), console)
 
 
 def _show_users(out: Path, log: Path, console: Any) -> None:

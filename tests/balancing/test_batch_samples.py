@@ -134,7 +134,9 @@ def test_tensors_that_share_memory_or_leave_gaps_are_sent_too() -> None:
         request_timestamps_T=batch.timestamps_T,
         dense={"every other": torch.arange(8.0)[::2]},
     )
-    assert_same(from_bytes(to_bytes(shared)), shared)
+    of_one = replace(shared, dense={"every other": torch.arange(8.0)[::2][:1]})
+    for sent in (shared, padding_like(shared), of_one):
+        assert_same(from_bytes(to_bytes(sent)), sent)
 
 
 def test_one_sequence_of_one_token_each_may_be_taken() -> None:

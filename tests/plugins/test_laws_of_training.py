@@ -82,7 +82,7 @@ class NextItem(pl.LightningModule):
 
 def make_optimizer(name: str) -> Any:
     made = {"adamw": torch.optim.AdamW, "adagrad": torch.optim.Adagrad}[name]
-    return lambda parameters: made(parameters, lr=0.02)
+    return lambda parameters: made(parameters, lr=0.01)
 
 
 def retrieval(
@@ -264,7 +264,7 @@ def truth(gloo: Any, logs: dict[str, str]) -> Truth:
 def test_dense_layers_to_the_last_digits_of_a_double(gloo: Any, logs: Any, truth: Any, optimizer: str) -> None:
     one = truth(optimizer=optimizer)
     assert len(one[0]["losses"]) == STEPS
-    assert np.mean(one[0]["losses"][-10:]) < 0.95 * np.mean(one[0]["losses"][:10])
+    assert np.mean(one[0]["losses"][-10:]) < 0.97 * np.mean(one[0]["losses"][:10])
     for epoch in range(one[0]["epochs"][-1]):
         trained = sum((x for x, e in zip(samples(one), one[0]["epochs"], strict=True) if e == epoch), Counter())
         assert sorted(trained.elements()) == list(range(41)), "every user once an epoch"
@@ -340,7 +340,8 @@ def test_dynamic_tables_with_policies(gloo: Any, logs: Any, truth: Any, sparse: 
 def test_who_is_admitted_does_not_depend_on_who_draws(gloo: Any, logs: Any, truth: Any, loss: str) -> None:
     settings = {"kind": "dynamic", "model": {"loss": loss, "min_count": 4}, "max_steps": 20}
     for world_size in (2, 3):
-        assert difference(gloo(world_size).run(train, world_size, logs["uneven"], **settings), truth(**settings)) <= 1e-4
+        many = gloo(world_size).run(train, world_size, logs["uneven"], **settings)
+        assert difference(many, truth(**settings)) <= 1e-4
 
 
 @pytest.mark.parametrize("clip", [None, 0.2])
@@ -453,6 +454,123 @@ def test_micro_steps_resume_on_any_number_of_ranks(gloo: Any, logs: Any, tmp_pat
         rest = [{"losses": one[0]["losses"][6:], "samples": one[0]["samples"][6:], "state": one[0]["state"]}]
         assert samples(many) == samples(rest)
         assert difference(many, rest) <= 1e-10
+
+
+# ---- modes local and exchange: each rank has a stream of its own -------------------------------------------------
+
+
+def stream(rank: int) -> list[Any]:
+    """A rank's own batches: more on some ranks than on others, of 1 to 6 sequences with 1 to 12 tokens."""
+    from torchrec import KeyedJaggedTensor
+
+    from lightning_gr.batch import Labels, SequenceBatch
+
+    rng = np.random.default_rng(rank)
+    made = []
+    for number in range(13 - 3 * rank):
+        lengths = torch.from_numpy(rng.integers(1, 13, int(rng.integers(1, 7))))
+        tokens, first = int(lengths.sum()), 1000 * rank + 10 * number
+        places = torch.from_numpy(np.flatnonzero(rng.random(tokens) < 0.7))  # some batches have few labels
+        labels = Labels(torch.from_numpy(rng.integers(0, ITEMS, len(places))), places)
+        counts = torch.zeros(len(lengths), 4, dtype=torch.int64)
+        counts[:, 1] = lengths
+        items = torch.from_numpy(rng.integers(0, ITEMS, tokens))
+        made.append(
+            SequenceBatch(
+                features=KeyedJaggedTensor(keys=["item_id"], values=items, lengths=lengths),
+                token_counts_B4=counts,
+                sample_ids_B=torch.arange(first, first + len(lengths)),
+                labels={"next_item": labels},
+                denominators={"next_item": float(len(places))},
+            )
+        )
+    return made
+
+
+def unions(world_size: int, accumulate: int, budget: int | None) -> list[Any]:
+    """What one process has to be fed: for each optimiser step, the ranks' batches as one."""
+    from lightning_gr.balancing.token_budget import token_budget_batches
+    from lightning_gr.batch_samples import concatenate
+
+    streams = [stream(rank) for rank in range(world_size)]
+    if budget is not None:
+        streams = [list(token_budget_batches(own, budget)) for own in streams]
+    made = []
+    for first in range(0, max(map(len, streams)), accumulate):
+        union = concatenate([batch for own in streams for batch in own[first : first + accumulate]])
+        union.denominators["next_item"] = float(union.labels["next_item"].num_labels)
+        made.append(union)
+    return made
+
+
+class OwnLookups(pl.LightningModule):
+    """`NextItem` with its embeddings in a table."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        from torchrec import EmbeddingCollection, EmbeddingConfig
+
+        from lightning_gr.embeddings.dynamic import Admission, DynamicTableConfig, DynamicTables, TablePolicy
+
+        policy = TablePolicy(admission=Admission(min_count=3))
+        if kind == "dynamic":
+            config: Any = DynamicTableConfig("item", 8, ["item_id"])
+            self.tables: Any = DynamicTables(policy=policy).collection([config])
+        else:
+            config = EmbeddingConfig(name="item", num_embeddings=ITEMS, embedding_dim=8, feature_names=["item_id"])
+            self.tables = EmbeddingCollection(tables=[config], device=torch.device("cpu"))
+        self.head = nn.Linear(8, ITEMS)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        labels = batch.labels["next_item"]
+        logits_NI = self.head(self.tables(batch.features)["item_id"].values())[labels.tokens_N]
+        loss: Tensor = batch.mean_over_global_batch(
+            {"next_item": F.cross_entropy(logits_NI, labels.values_N, reduction="sum")}
+        )
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+def train_streams(
+    world_size: int, kind: str, balancing: dict[str, Any] | None, accumulate: int, feed: tuple[int, int, int | None]
+) -> dict[str, Any]:
+    import torch.distributed as dist
+
+    from lightning_gr.balancing.settings import Balancing
+
+    pl.seed_everything(7)
+    batches = unions(*feed) if balancing is None else stream(dist.get_rank())
+    module = NextItem(optimizer="adamw") if kind == "dense" else OwnLookups(kind)
+    record = Recorder()
+    trainer = make_trainer(
+        world_size,
+        record,
+        strategy={"balancing": Balancing(**(balancing or {}))},
+        max_epochs=3,
+        accumulate_grad_batches=accumulate,
+        use_distributed_sampler=False,
+    )
+    trainer.fit(module, torch.utils.data.DataLoader(batches, batch_size=None))
+    return record.taken() | {"state": state(module)}
+
+
+@pytest.mark.parametrize("mode", ["local", "exchange"])
+@pytest.mark.parametrize("kind", ["dense", "static", "dynamic"])
+@pytest.mark.parametrize(("accumulate", "budget"), [(1, None), (1, 20), (3, None), (3, 20)])
+def test_own_streams_equal_one_process_fed_their_union(
+    gloo: Any, mode: str, kind: str, accumulate: int, budget: int | None
+) -> None:
+    if kind == "static" and accumulate > 1:
+        pytest.skip("static tables step on every micro-batch")
+    for world_size in (2, 3):
+        feed = (world_size, accumulate, budget)
+        one = gloo(1).run(train_streams, 1, kind, None, 1, feed)
+        balancing = {"mode": mode, "tokens_per_rank": budget}
+        many = gloo(world_size).run(train_streams, world_size, kind, balancing, accumulate, feed)
+        assert samples(many) == samples(one)
+        assert difference(many, one) <= (1e-10 if kind == "dense" else 1e-4)
 
 
 # ---- what cannot be exact is said --------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from pathlib import Path
 from typing import Any
@@ -160,8 +161,12 @@ class Own(pl.LightningModule):
 def own(kind: str, *, loaders: str = "one", num_workers: int = 0, makes: bool = False) -> tuple[Any, dict[str, Any]]:
     import torch.distributed as dist
 
+    if num_workers:
+        multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]  # may have children
+
     def loader(data: Any = None, **settings: Any) -> Any:
-        settings |= {"num_workers": num_workers, "collate_fn": collate, "batch_size": 2}
+        settings |= {"num_workers": num_workers, "multiprocessing_context": "fork" if num_workers else None}
+        settings |= {"collate_fn": collate, "batch_size": 2}
         return torch.utils.data.DataLoader(Rows() if data is None else data, **settings)
 
     train = loader(UnsizedRows(dist.get_rank(), dist.get_world_size())) if loaders == "unsized" else loader()
@@ -204,6 +209,7 @@ def fit(
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
+        deterministic="warn" if ACCELERATOR == "cuda" else None,
         **({"max_epochs": 2, "val_check_interval": 3} | settings),
     )
     begin = pipelined_loader.PipelinedLoader.__init__
@@ -255,23 +261,26 @@ def test_it_is_the_plain_loader_and_resumes_bit_for_bit(gloo: Any, log: str, tmp
     run, given = gloo(2).run, {"log": log}
     plain = run(fit, "retrieval", kind, depth=0, given=given, save=str(tmp_path / "plain.ckpt"))
     assert not plain[0]["events"]
+    pipelined: list[dict[str, Any]] = []
     for number, settings in enumerate(({"depth": 1}, {"depth": 2}, {"depth": 3, "threads": False})):
         path = str(tmp_path / f"{number}.ckpt")
         found = run(fit, "retrieval", kind, given=given, save=path, **settings)
         assert_same(found, plain)
-        for rank in found:
-            assert batches(rank, "train") == batches(rank, "copy") == set(range(len(plain[0]["losses"])))
-            assert batches(rank, "train") <= batches(rank, "lookup")
+        pipelined += found
     assert len(plain[0]["validated"]) > 4
     for path, depth in (("1.ckpt", 2), ("plain.ckpt", 1)):
         resumed = run(fit, "retrieval", kind, depth=depth, given=given, ckpt_path=str(tmp_path / path))
         assert_same(resumed, plain, since=4)
+    for rank in pipelined:
+        assert batches(rank, "train") == batches(rank, "copy") == set(range(len(plain[0]["losses"])))
+        assert batches(rank, "train") <= batches(rank, "lookup")
 
 
 OWN: dict[str, dict[str, Any]] = {
     "several forwards, accumulated": {"accumulate_grad_batches": 2},
     "workers": {"given": {"num_workers": 2}, "val_check_interval": 1.0},
-    "features made in the step": {"given": {"makes": True}, "reload_dataloaders_every_n_epochs": 1},
+    "features made in the step": {"given": {"makes": True}},
+    "loaders made anew": {"reload_dataloaders_every_n_epochs": 1},
     "a part of each epoch": {"limit_train_batches": 4},
     "unsized": {"given": {"loaders": "unsized"}, "val_check_interval": 3},
     "an unsized part": {"given": {"loaders": "unsized"}, "limit_train_batches": 4},
@@ -290,6 +299,51 @@ def test_a_users_own_module_and_loaders(gloo: Any, case: str, kind: str) -> None
         found = gloo(2).run(fit, "own", kind, depth=depth, **OWN[case])
         assert_same(found, plain)
         assert bool(batches(found[0], "train")) == (case != "two loaders")
+
+
+class Breaks:
+    """Twelve batches, of which the sixth cannot be had."""
+
+    def __init__(self) -> None:
+        self.batches = [collate([Rows()[index]]) for index in range(12)]
+
+    def __len__(self) -> int:
+        return 12
+
+    def __iter__(self) -> Any:
+        for number, batch in enumerate(self.batches):
+            if number == 5:
+                raise ValueError("batch 5 is torn")
+            yield batch
+
+
+def fit_until_it_breaks(depth: int, max_steps: int) -> tuple[int, str]:
+    from lightning_gr.plugins import SequenceBalancedStrategy
+
+    pl.seed_everything(7)
+    record, said = Recorder(stop_after=None, save=None), ""
+    trainer = pl.Trainer(
+        accelerator=ACCELERATOR,
+        devices=1,
+        strategy=SequenceBalancedStrategy(pipeline_depth=depth),
+        callbacks=[record],
+        max_steps=max_steps,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    try:
+        trainer.fit(Own("static", makes=False), Breaks())
+    except ValueError as error:
+        said = str(error)
+    return len(record.losses), said
+
+
+def test_an_error_is_raised_where_its_batch_is_asked_for(gloo: Any) -> None:
+    for depth in (0, 1, 3):
+        assert gloo(1).run(fit_until_it_breaks, depth, 4) == [(4, "")], depth
+        assert gloo(1).run(fit_until_it_breaks, depth, -1) == [(5, "batch 5 is torn")], depth
 
 
 def test_a_stream_of_unknown_length(gloo: Any, tmp_path: Path) -> None:
