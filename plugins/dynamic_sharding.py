@@ -28,6 +28,7 @@ from lightning_gr.embeddings.dynamic.collection import (
     pooled_output,
 )
 from lightning_gr.embeddings.dynamic.engine import DynamicEngine, DynamicLookup
+from lightning_gr.plugins.process_groups import group_named
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -184,7 +185,8 @@ class _Sharder(ModuleSharder[nn.Module]):  # type: ignore[misc]
         module_fqn: str | None = None,
     ) -> ShardedDynamicCollection:
         assert env.process_group is not None
-        group = dist.new_group(dist.get_process_group_ranks(env.process_group), timeout=self._timeout)
+        assert env.process_group.size() == dist.get_world_size()
+        group = group_named(f"dynamic tables {module_fqn}", timeout=self._timeout)
         return ShardedDynamicCollection(
             module, optimizer=self._optimizer, seed=self._seed, device=device or torch.device("cpu"), group=group
         )

@@ -23,20 +23,13 @@ from typing_extensions import override
 from lightning_gr._compat import default_store
 from lightning_gr.balancing.settings import Balancing
 from lightning_gr.batch import SequenceBatch
-from lightning_gr.embeddings import deferred_tables, initialise_tables
-from lightning_gr.embeddings.dynamic import SparseOptimizerConfig
+from lightning_gr.embeddings import deferred_tables
 from lightning_gr.plugins import checkpoint_directory
 from lightning_gr.plugins.dense_optimizer_state import DenseOptimizerState
 from lightning_gr.plugins.dynamic_training import DynamicTraining, clipping_with
+from lightning_gr.plugins.module_wrapping import wrap_module
 from lightning_gr.plugins.rank_watch import RankWatch
-from lightning_gr.plugins.sharding import (
-    Sharding,
-    SparseOptimizer,
-    attach_sparse_optimizer,
-    make_plan,
-    static_collections,
-    table_configs,
-)
+from lightning_gr.plugins.sharding import Sharding, SparseOptimizer
 from lightning_gr.plugins.staged_batch import StagedBatch
 from lightning_gr.plugins.training_pipeline import TrainingPipeline
 from lightning_gr.substrate import require_torchrec
@@ -49,7 +42,6 @@ if TYPE_CHECKING:
     from lightning_gr.plugins.stage_log import StageLog
 
 log = logging.getLogger(__name__)
-_DMP_ATTRIBUTE = "_lightning_gr_dmp"
 
 
 def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -213,7 +205,19 @@ class SequenceBalancedStrategy(DDPStrategy):
         )
         self._watch.start()
         self._check_precision()
-        self._dmp = self._wrap(self.lightning_module)
+        self._dmp, self._sparse_base_lrs = wrap_module(
+            self.lightning_module,
+            sharding=self.sharding,
+            sparse_optimizer=self.sparse_optimizer,
+            sparse_lr=self.sparse_lr,
+            static_dedup=self.static_dedup,
+            find_unused_parameters=self.find_unused_parameters,
+            bucket_cap_mb=self.bucket_cap_mb,
+            device=self.root_device,
+            num_local=self.num_processes,
+            seed=self.broadcast(torch.initial_seed()),
+            timeout=self.collective_timeout,
+        )
         self._check_precision()
         self.model = self._dmp
         self._dynamic = DynamicTraining(self.lightning_module)
@@ -246,71 +250,6 @@ class SequenceBalancedStrategy(DDPStrategy):
                 f"precision={precision!r}: sharded tables update their rows inside backward, before Lightning could "
                 "unscale or convert; use 32-true or bf16-mixed"
             )
-
-    def _wrap(self, module: pl.LightningModule) -> DistributedModelParallel:
-        from torchrec.distributed.model_parallel import DefaultDataParallelWrapper, DistributedModelParallel
-        from torchrec.distributed.types import ShardingEnv
-        from torchrec.streamable import Pipelineable
-
-        earlier = module.__dict__.get(_DMP_ATTRIBUTE)
-        if earlier is not None:
-            self._sparse_base_lrs = earlier[1]
-            return earlier[0]
-        Pipelineable.register(SequenceBatch)
-        group = dist.group.WORLD
-        assert group is not None
-        seed = self.broadcast(torch.initial_seed())
-        collections = static_collections(module)
-        deferred = {
-            path: table_configs(child) for path, child in collections.items() if next(child.parameters()).is_meta
-        }
-        if collections and self.sparse_optimizer == "adam" and self.root_device.type == "cpu":
-            raise MisconfigurationException(
-                "sparse_optimizer='adam': FBGEMM has no Adam for tables on the CPU; use rowwise_adagrad or adagrad, or "
-                "train on a GPU"
-            )
-        for child in collections.values():
-            attach_sparse_optimizer(child, optimizer=self.sparse_optimizer, lr=self.sparse_lr)
-        from lightning_gr.plugins.dynamic_sharding import dynamic_collections
-
-        sparse = SparseOptimizerConfig(name=self.sparse_optimizer, lr=self.sparse_lr)
-        plan, sharders = make_plan(
-            module,
-            sharding=self.sharding,
-            device=self.root_device,
-            num_local=self.num_processes,
-            dynamic_optimizer=sparse,
-            seed=seed,
-            dedup=self.static_dedup,
-            timeout=self.collective_timeout,
-        )
-        # Tables that the module built with values keep them: TorchRec copies them into the shards.
-        dmp = DistributedModelParallel(
-            module,
-            env=ShardingEnv.from_process_group(group),
-            device=self.root_device,
-            plan=plan,
-            sharders=sharders,
-            data_parallel_wrapper=DefaultDataParallelWrapper(
-                # A static graph asserts when accumulation skips the first synchronisation.
-                static_graph=False,
-                find_unused_parameters=self.find_unused_parameters,
-                bucket_cap_mb=self.bucket_cap_mb,
-            ),
-        )
-        left = static_collections(module) | dynamic_collections(module)
-        if left:
-            raise MisconfigurationException(
-                f"{type(module).__name__}.{next(iter(left))}: reached by a second name or from a Python list, so it "
-                "would stay unsharded on every rank; keep one attribute a collection, in an nn.ModuleList if many"
-            )
-        for path, configs in deferred.items():
-            initialise_tables(module.get_submodule(path), seed=seed, configs=configs)
-        # Modules without dense parameters are not wrapped in DDP, and metrics would stay behind on the host.
-        module.to(self.root_device)
-        self._sparse_base_lrs = [float(group["lr"]) for group in dmp.fused_optimizer.param_groups]
-        module.__dict__[_DMP_ATTRIBUTE] = (dmp, self._sparse_base_lrs)
-        return dmp
 
     def _check_settings(self, trainer: pl.Trainer) -> None:
         """Refuses what dynamic tables cannot honour, and warns of what static ones ignore."""

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -21,6 +20,7 @@ from lightning_gr.balancing.settings import Balancing
 from lightning_gr.data.loader import PlannedLoader
 from lightning_gr.data.stream_loader import StreamLoader
 from lightning_gr.plugins.pipelined_loader import PipelinedLoader
+from lightning_gr.plugins.process_groups import forget_groups, group_named
 from lightning_gr.plugins.rank_watch import RankWatch
 from lightning_gr.plugins.rebatched_loader import RebatchedLoader
 from lightning_gr.plugins.stage_log import StageLog
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
     from lightning_gr.plugins.dynamic_training import DynamicTraining
-
-_GROUPS_ATTRIBUTE = "_lightning_gr_pipeline_groups"
 
 
 class TrainingPipeline:
@@ -72,12 +70,9 @@ class TrainingPipeline:
         from lightning_gr.plugins.lookup_prefetch import LookupPrefetch
 
         self.log, self._watch = StageLog(), watch
-        # Every rank makes the groups in this order, whichever it will use, and once: a group keeps its connections.
-        self._batch_group, lookup_group = module.__dict__.get(_GROUPS_ATTRIBUTE) or (
-            dist.new_group(timeout=timeout, backend="gloo"),
-            dist.new_group(timeout=timeout),
-        )
-        module.__dict__[_GROUPS_ATTRIBUTE] = (self._batch_group, lookup_group)
+        # Every rank makes the groups in this order, whichever it will use.
+        self._batch_group = group_named("batches", timeout=timeout, backend="gloo")
+        lookup_group = group_named("lookups", timeout=timeout)
         self._lookups = LookupPrefetch(module, group=lookup_group, time_of=dynamic.time_of) if depth else None
         self._check_settings, self._micro_steps = check_settings, 1
         self._loader: PipelinedLoader | None = None
@@ -232,8 +227,7 @@ class TrainingPipeline:
         """Ends a fit, as `stop`; the Trainer gets back the settings that it came with."""
         self.stop(wait=wait)
         if not wait:
-            # Stages may still be at work on them.
-            self._module.__dict__.pop(_GROUPS_ATTRIBUTE, None)
+            forget_groups()
         self._module.trainer.accumulate_grad_batches //= self._micro_steps
         self._micro_steps = 1
 

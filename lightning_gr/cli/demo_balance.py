@@ -47,7 +47,8 @@ class BalanceReport(pl.Callback):
         if not trainer.is_global_zero or not isinstance(strategy, SequenceBalancedStrategy):
             return
         assert strategy.stage_log is not None
-        plan, method, cost = trainer.train_dataloader.plan, strategy.balancing.partitioner, cost_of(pl_module)
+        loader: Any = trainer.train_dataloader
+        plan, method, cost = loader.plan, strategy.balancing.partitioner, cost_of(pl_module)
         steps = min(trainer.global_step, _MOST_STEPS)
         found = {
             "steps": steps,
@@ -135,8 +136,9 @@ def show(found: dict[str, Any], console: Console) -> None:
     for line in (
         "MFLOP: of the encoder's forward. waits: share of a step's work that a rank has",
         "less than the rank with most.",
-        f"A batch took {times['fetch']['ms']:.1f} ms to read and {times['lookup']['ms']:.1f} ms to exchange its ids, "
-        f"{times['fetch']['hidden']:.0%} and {times['lookup']['hidden']:.0%} of it",
-        f"while another batch trained, which took {times['train']['ms']:.0f} ms (rank 0's clock).",
+        f"On rank 0 a batch trained for {times['train']['ms']:.0f} ms. It was read in {times['fetch']['ms']:.1f} ms, "
+        "and its ids were",
+        f"exchanged in {times['lookup']['ms']:.1f} ms, {times['lookup']['hidden']:.0%} of that while an earlier batch "
+        "trained.",
     ):
         console.print(line, highlight=False, soft_wrap=True)

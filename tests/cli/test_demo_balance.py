@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from lightning_gr.balancing import SequenceCost
+from lightning_gr.balancing import Method, SequenceCost
 from lightning_gr.cli.demo_balance import AS_THEY_COME, by_rank, show, stages, work
 from lightning_gr.data.plan import ArraySamples, GlobalBatchPlan
 from lightning_gr.plugins.stage_log import StageLog
@@ -27,8 +27,9 @@ def plan() -> GlobalBatchPlan:
 def test_the_work_of_every_step_is_that_of_its_samples(plan: GlobalBatchPlan, ranks: int) -> None:
     steps = plan.num_batches + 2
     found: dict[str, Any] = {}
-    for method in (AS_THEY_COME, "lpt"):
-        tokens_SR, costs_SR = work(plan, steps=steps, ranks=ranks, cost=COST, method=method)  # type: ignore[arg-type]
+    methods: list[Method] = [AS_THEY_COME, "lpt"]
+    for method in methods:
+        tokens_SR, costs_SR = work(plan, steps=steps, ranks=ranks, cost=COST, method=method)
         for step in range(steps):
             samples = plan.epoch(step // plan.num_batches).samples(step % plan.num_batches)
             lengths = plan.index.token_counts(samples).tolist()
@@ -61,10 +62,11 @@ def test_times_are_those_of_whole_batches() -> None:
 
 
 def test_the_table_fits_a_terminal(plan: GlobalBatchPlan) -> None:
+    methods: list[Method] = [AS_THEY_COME, "karmarkar_karp"]
+
     def shown(ranks: int) -> str:
         dealt = {
-            way: by_rank(*work(plan, steps=3, ranks=ranks, cost=SequenceCost(1e6, 5e3), method=way))  # type: ignore[arg-type]
-            for way in (AS_THEY_COME, "karmarkar_karp")
+            way: by_rank(*work(plan, steps=3, ranks=ranks, cost=SequenceCost(1e6, 5e3), method=way)) for way in methods
         }
         times = {name: {"ms": 123.4, "hidden": 1.0} for name in ("fetch", "lookup", "train")}
         found = {"steps": 1000, "partitioner": "karmarkar_karp", "dealt": dealt, "stages": times}

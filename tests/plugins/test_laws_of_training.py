@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -498,8 +499,8 @@ def unions(world_size: int, accumulate: int, budget: int | None) -> list[Any]:
     made = []
     for first in range(0, max(map(len, streams)), accumulate):
         union = concatenate([batch for own in streams for batch in own[first : first + accumulate]])
-        union.denominators["next_item"] = float(union.labels["next_item"].num_labels)
-        made.append(union)
+        count = float(union.labels["next_item"].num_labels)
+        made.append(replace(union, denominators={"next_item": count}))
     return made
 
 
