@@ -6,6 +6,11 @@ A test looks all of them up, so that an upgrade which moves one fails here and b
 from __future__ import annotations
 
 import argparse
+import functools
+import subprocess
+import threading
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -30,6 +35,9 @@ PRIVATE_NAMES = {
         "set of input dists, on a process group of their own, exchanges ids while the first serves evaluation"
     ),
     "torchrec.distributed.embeddingbag:ShardedEmbeddingBagCollection._create_input_dist": "as above",
+    "lightning.fabric.strategies.launchers.subprocess_script:_ChildProcessObserver": (
+        "its _run is delayed, since it kills all processes before they could say which rank failed"
+    ),
     "torch.distributed.distributed_c10d:_get_default_store": (
         "read: the store that the ranks met at; RankWatch keeps its marks there and needs no port of its own"
     ),
@@ -49,6 +57,33 @@ def child_processes(trainer: Any) -> list[Any]:
 
     launcher = trainer.strategy.launcher
     return list(launcher.procs) if isinstance(launcher, _SubprocessScriptLauncher) else []
+
+
+def give_ranks_time_to_explain(seconds: float) -> None:
+    """Lets Lightning's observer of child processes wait this long before it kills all because one has failed."""
+    from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+
+    for thread in threading.enumerate():
+        if isinstance(thread, _ChildProcessObserver) and "_run" not in thread.__dict__:
+            thread.__dict__["_run"] = functools.partial(_observe, thread, thread._run, seconds, [])
+
+
+def _observe(thread: Any, look: Callable[[], bool], seconds: float, failed_at: list[float]) -> bool:
+    """One look of the observer; True ends it."""
+    if not any(child.poll() for child in thread._child_processes):
+        return look()
+    failed_at.append(time.monotonic())
+    return time.monotonic() - failed_at[0] >= seconds and look()
+
+
+def end_children(trainer: Any, *, seconds: float) -> None:
+    """Waits for the processes that this one's Trainer has started, and kills those that are still there."""
+    until = time.monotonic() + seconds
+    for child in child_processes(trainer):
+        try:
+            child.wait(max(until - time.monotonic(), 0.0))
+        except subprocess.TimeoutExpired:
+            child.kill()
 
 
 def default_store() -> Store:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -26,10 +27,10 @@ class PipelinedLoader:
     """Iterates like the loader inside; every batch that it has is trained, in the same order.
 
     Stages of a batch: *fetch* reads and collates (and pins) it, *copy* calls the batch hooks and moves it to the
-    device, *lookup* exchanges the ids of its table lookups. On the CPU fetch and lookup have a thread each; hooks run
-    where they run without a pipeline, in the training process's main thread. On a GPU copy and lookup are issued from
-    the main thread on a stream each, since collectives of several threads could reach the device in different orders on
-    different ranks.
+    device, *lookup* exchanges the ids of its table lookups. On the CPU fetch (if `fetch_apart`) and lookup have a
+    thread each; hooks run where they run without a pipeline, in the training process's main thread. On a GPU copy and
+    lookup are issued from the main thread on a stream each, since collectives of several threads could reach the device
+    in different orders on different ranks.
 
     Every rank has the same batches in flight at the same step, so that the collectives of a stage that are under way
     when iteration stops find their partners.
@@ -43,6 +44,8 @@ class PipelinedLoader:
         log: gets an event for each stage of each batch.
         watch: told of failures, which it explains by the rank that caused them; None leaves them as they are.
         enabled: asked when an iteration begins; where it says no, batches pass through untouched.
+        fetch_apart: whether the loader may be asked for batches in another thread: whether it and its dataset leave
+            torch's global generator alone, whose numbers would otherwise go to one thread or the other by chance.
         threads: whether stages run in threads; None means: on the CPU.
     """
 
@@ -57,13 +60,14 @@ class PipelinedLoader:
         log: StageLog,
         watch: RankWatch | None = None,
         enabled: Callable[[], bool] = lambda: True,
+        fetch_apart: bool = False,
         threads: bool | None = None,
     ) -> None:
         assert depth >= 1
         self.loader, self.prepare, self.look_up = loader, prepare, look_up
         self.depth, self.device, self.log, self._enabled = depth, device, log, enabled
         self.threads = device.type == "cpu" if threads is None else threads
-        self._watch = watch
+        self._watch, self.fetch_apart = watch, fetch_apart
         self._run: _Run | None = None
         self._numbers = 0
         self._state: dict[str, Any] | None = None
@@ -77,23 +81,28 @@ class PipelinedLoader:
         return len(self.loader)
 
     def __iter__(self) -> Iterator[Any]:
-        # A generator, so nothing happens before the first batch is asked for: Lightning makes idle iterators.
+        # Here and now, as without a pipeline: a DataLoader takes a number out of torch's generator for each iterator.
+        return self._batches(iter(self.loader))
+
+    def _batches(self, inner: Iterator[Any]) -> Iterator[Any]:
+        # A generator, so no batch is fetched before one is asked for: Lightning makes idle iterators.
         self.stop()
         if not self._enabled():
-            yield from self.loader
+            yield from inner
             return
-        run = self._run = _Run(self)
-        batches = iter(run)
+        run = self._run = _Run(self, inner)
+        batches, handed_over = iter(run), 0
         try:
             while True:
                 if self._watch is not None:
-                    self._watch.at("loading batch", self._numbers)
+                    self._watch.at("loading batch", handed_over)
                 with nullcontext() if self._watch is None else self._watch.guard():
                     found = next(batches, None)
                 if found is None:
                     self._state = run.final_state
                     return
                 staged, self._state = found
+                handed_over += 1
                 yield staged
         except GeneratorExit:
             run.close()
@@ -144,33 +153,34 @@ class _InFlight:
         state: of the loader after it was fetched.
         lookups: done when the ids have arrived.
         copied: done when the batch is on its device; None on the CPU.
+        error: what fetching it ended with, in place of a batch.
     """
 
     staged: StagedBatch
     state: dict[str, Any]
-    lookups: Future[None] | None
+    lookups: Future[Any] | None
     copied: Any
+    error: BaseException | None = None
 
 
 class _Run:
     """One iteration: its threads, and what is in flight."""
 
-    def __init__(self, of: PipelinedLoader) -> None:
+    def __init__(self, of: PipelinedLoader, iterator: Iterator[Any]) -> None:
         self._of = of
-        self._fetching = _StageThread("fetch") if of.threads else None
+        self._fetching = _StageThread("fetch") if of.threads and of.fetch_apart else None
         self._looking_up = _StageThread("lookup") if of.threads and of.look_up is not None else None
         cuda = of.device.type == "cuda"
         self._copy_stream = torch.cuda.Stream(of.device) if cuda else None
         self._lookup_stream = torch.cuda.Stream(of.device) if cuda else None
         self._fetched: deque[Future[Any]] = deque()
         self._flight: deque[_InFlight] = deque()
-        self._iterator: Iterator[Any] | None = None
+        self._iterator: Iterator[Any] | None = iterator
         self._closed = False
         self.final_state: dict[str, Any] | None = None
 
     def __iter__(self) -> Iterator[tuple[StagedBatch, dict[str, Any]]]:
         of = self._of
-        self._iterator = iter(of.loader)
         # In this thread, so that a DataLoader starts its workers and their signal handlers from here.
         self._fetched.append(_done(self._fetch))
         while True:
@@ -182,6 +192,8 @@ class _Run:
                 for flying in self._flight:
                     self._advance(flying)
             flying = self._flight.popleft()
+            if flying.error is not None:
+                raise flying.error
             if flying.lookups is not None:
                 flying.lookups.result()
             else:
@@ -195,19 +207,25 @@ class _Run:
 
     def _fetch(self) -> Any:
         assert self._iterator is not None
+        began = time.perf_counter()
+        batch = next(self._iterator, _END)
+        if batch is _END:
+            return _END
+        if self._of.device.type == "cuda" and hasattr(batch, "pin_memory"):
+            batch = batch.pin_memory()
         number = self._of.next_number()
-        with self._of.log.record("fetch", number):
-            batch = next(self._iterator, _END)
-            if batch is _END:
-                return _END
-            if self._of.device.type == "cuda" and hasattr(batch, "pin_memory"):
-                batch = batch.pin_memory()
+        self._of.log.add("fetch", number, began, time.perf_counter())
         return number, batch, state_of(self._of.loader)
 
     def _admit(self) -> None:
         """Takes the next fetched batch into flight, and has the one after it fetched."""
         of = self._of
-        fetched = self._fetched.popleft().result()
+        future = self._fetched.popleft()
+        if (error := future.exception()) is not None:
+            # Its turn comes after the batches before it.
+            self._flight.append(_InFlight(StagedBatch(None, -1, StartedLookups()), {}, None, None, error))
+            return
+        fetched = future.result()
         if fetched is _END:
             self.final_state = state_of(of.loader)
             return
@@ -218,15 +236,15 @@ class _Run:
             batch = of.prepare(batch)
         copied = None if self._copy_stream is None else self._copy_stream.record_event()
         started = of.look_up(batch) if of.look_up is not None else StartedLookups()
-        future = None
+        arrival = None
         if self._looking_up is not None:
 
             def look_up() -> None:
                 with of.log.record("lookup", number):
                     started.finish()
 
-            future = self._looking_up.submit(look_up)
-        self._flight.append(_InFlight(StagedBatch(batch, number, started), state, future, copied))
+            arrival = self._looking_up.submit(look_up)
+        self._flight.append(_InFlight(StagedBatch(batch, number, started), state, arrival, copied))
 
     def _advance(self, flying: _InFlight) -> None:
         """Without threads a lookup goes on by one phase with every batch that is asked for."""

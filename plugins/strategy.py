@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from typing_extensions import override
 
-from lightning_gr._compat import default_store
+from lightning_gr._compat import default_store, end_children, give_ranks_time_to_explain
 from lightning_gr.balancing.settings import Balancing
 from lightning_gr.batch import SequenceBatch
 from lightning_gr.embeddings import deferred_tables
@@ -29,7 +29,7 @@ from lightning_gr.plugins.dense_optimizer_state import DenseOptimizerState
 from lightning_gr.plugins.dynamic_training import DynamicTraining, clipping_with
 from lightning_gr.plugins.module_wrapping import wrap_module
 from lightning_gr.plugins.rank_watch import RankWatch
-from lightning_gr.plugins.sharding import Sharding, SparseOptimizer
+from lightning_gr.plugins.sharding import Sharding, SparseOptimizer, static_collections
 from lightning_gr.plugins.staged_batch import StagedBatch
 from lightning_gr.plugins.training_pipeline import TrainingPipeline
 from lightning_gr.substrate import require_torchrec
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from lightning_gr.plugins.stage_log import StageLog
 
 log = logging.getLogger(__name__)
+_SECONDS_TO_EXPLAIN = 15.0
+"""How long the processes of a failed run may take to say whose fault it is, before they are killed."""
 
 
 def _guarded(method: Callable[..., Any]) -> Callable[..., Any]:
@@ -204,7 +206,10 @@ class SequenceBalancedStrategy(DDPStrategy):
             interval=0.5,  # quicker than Lightning's launcher, which kills all processes once one has ended
         )
         self._watch.start()
+        give_ranks_time_to_explain(_SECONDS_TO_EXPLAIN)
         self._check_precision()
+        # Before the wrap: the shards of tables have a type of their own.
+        self.precision_plugin.convert_module(self.lightning_module)
         self._dmp, self._sparse_base_lrs = wrap_module(
             self.lightning_module,
             sharding=self.sharding,
@@ -245,11 +250,24 @@ class SequenceBalancedStrategy(DDPStrategy):
         if self._dmp is None or not self._dmp.fused_optimizer.params:
             honoured.append("16-mixed")  # dynamic tables step after the scaler has spoken
         precision = self.precision_plugin.precision
+        if precision == "64-true" and self._has_tables():
+            raise MisconfigurationException(
+                "precision='64-true': the rows of sharded tables are float32; use 32-true, or a module without tables"
+            )
         if precision not in honoured:
             raise MisconfigurationException(
                 f"precision={precision!r}: sharded tables update their rows inside backward, before Lightning could "
                 "unscale or convert; use 32-true or bf16-mixed"
             )
+
+    def _has_tables(self) -> bool:
+        """Whether the module has embedding collections, wrapped or not yet."""
+        from lightning_gr.plugins.dynamic_sharding import dynamic_collections, sharded_dynamic_collections
+
+        assert self.lightning_module is not None
+        kinds = (static_collections, dynamic_collections, sharded_dynamic_collections)
+        wrapped = self._dmp is not None and bool(self._dmp.fused_optimizer.params)
+        return wrapped or any(kind(self.lightning_module) for kind in kinds)
 
     def _check_settings(self, trainer: pl.Trainer) -> None:
         """Refuses what dynamic tables cannot honour, and warns of what static ones ignore."""
@@ -332,6 +350,8 @@ class SequenceBalancedStrategy(DDPStrategy):
             self._pipeline.end(wait=False)
         if self._watch is not None and (failure := self._watch.explain(exception)) is not None:
             log.error("%s", failure)
+        assert self.lightning_module is not None
+        end_children(self.lightning_module.trainer, seconds=_SECONDS_TO_EXPLAIN / 2)
 
     @contextmanager
     def _guard(self) -> Iterator[None]:

@@ -101,6 +101,7 @@ class TrainingPipeline:
             device=self._device,
             log=self.log,
             enabled=self._is_only_loader,
+            fetch_apart=_leaves_generator_alone(loader),
             watch=self._watch,
         )
         return self._loader
@@ -236,3 +237,12 @@ class TrainingPipeline:
         if self._loader is not None:
             self._loader.stop(wait=wait)
         self._loader = self._present = None
+
+
+def _leaves_generator_alone(loader: Any) -> bool:
+    """Whether a loader's batches are made without torch's global generator of this process, as far as can be known."""
+    if isinstance(loader, RebatchedLoader):
+        return _leaves_generator_alone(loader.loader)
+    return isinstance(loader, (PlannedLoader, StreamLoader)) or (
+        isinstance(loader, DataLoader) and loader.num_workers > 0
+    )

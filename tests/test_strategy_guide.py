@@ -18,7 +18,7 @@ from tests.test_readme import ROOT, run, shell
 TEXT = (ROOT / "docs" / "strategy.md").read_text()
 BLOCKS: list[tuple[str, str]] = re.findall(r"^```(\w+)\n(.*?)^```", TEXT, re.M | re.S)
 SCRIPT = next(code for kind, code in BLOCKS if code.startswith("# stages.py"))
-COMMANDS = [line for kind, code in BLOCKS if kind == "bash" for line in code.splitlines()]
+COMMANDS = [line for kind, code in BLOCKS if kind == "bash" for line in code.replace("\\\n", " ").splitlines()]
 NEEDS_A_MODEL = ("strategy = ", "def training_step", "# stages.py")
 
 
@@ -57,7 +57,7 @@ def test_its_settings_are_taken() -> None:
 @pytest.mark.slow
 @pytest.mark.dist
 def test_the_script_logs_its_stages(tmp_path: Path) -> None:
-    write_synthetic_log(tmp_path / "events.csv", num_users=1200, num_items=100, seed=0)
+    write_synthetic_log(tmp_path / "events.csv", num_users=1200, num_items=300, seed=0)
     (tmp_path / "stages.py").write_text(SCRIPT)
     printed = run(shell("python stages.py"), tmp_path)
     pattern = r"^(fetch|copy|lookup|train) +(\d+) +[\d.]+ +[\d.]+$"

@@ -234,8 +234,12 @@ class RetrievalModule(pl.LightningModule):
             feature_names=["item_id", "target", *drawn, "corpus"],
             init_fn=functools.partial(torch.nn.init.normal_, std=self.embedding_std),
         )
-        make_tables = embedding_collection if self.dynamic_tables is None else self.dynamic_tables.collection
-        self.tables = make_tables([item_table])
+        if self.dynamic_tables is None:
+            self.tables = embedding_collection([item_table])
+        else:
+            # A rank draws each negative once, so their counts would depend on the number of ranks.
+            uncounted = [*drawn, "corpus"]
+            self.tables = self.dynamic_tables.collection([item_table], uncounted_features=uncounted)
 
     @override
     def configure_optimizers(self) -> Any:

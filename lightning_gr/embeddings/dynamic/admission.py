@@ -57,9 +57,10 @@ class _Buffered:
         self._counts: list[Tensor] = []
 
     def add(self, ids_N: Tensor, counts_N: Tensor) -> None:
-        if len(ids_N):
+        occurred_N = counts_N > 0
+        if len(ids_N := ids_N[occurred_N]):
             self._ids.append(ids_N)
-            self._counts.append(counts_N)
+            self._counts.append(counts_N[occurred_N])
 
     def _taken(self) -> tuple[Tensor, Tensor] | None:
         if not self._ids:

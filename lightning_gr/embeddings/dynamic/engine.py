@@ -204,11 +204,19 @@ class DynamicEngine:
             ids_N,
             offsets_T1,
             time=self._observed if time is None else max(time, self._observed),
+            counts_N=self._counts(parts),
             key_group=key_group,
             dedup=self.dedup,
             precision=self.exchange_precision,
         )
         return DynamicLookup(features, training, exchange, [len(part) for part in parts])
+
+    def _counts(self, parts: list[Tensor]) -> Tensor | None:
+        """How often each id of the looked-up features occurred; None means once each."""
+        counted = [feature not in self.configs[t].uncounted_features for t, feature, _ in self.lookups]
+        if all(counted):
+            return None
+        return torch.cat([torch.full_like(x, int(y), dtype=torch.int64) for x, y in zip(parts, counted, strict=True)])
 
     def find(self, lookup: DynamicLookup) -> None:
         """At the owners: finds or inserts the keys that arrived, and sends their rows back.

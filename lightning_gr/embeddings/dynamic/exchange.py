@@ -93,6 +93,7 @@ class LookupExchange:
         time: seconds of the data's clock as this process knows it; the latest one counts for all.
         dedup: which of the two stages run.
         precision: of rows and gradients while they travel.
+        counts_N: how often each id occurred; None means once.
         key_group: the same processes, by which keys travel where that runs ahead of rows in a thread of its own; None
             takes `group`.
 
@@ -110,6 +111,7 @@ class LookupExchange:
         time: int,
         dedup: Dedup,
         precision: ExchangePrecision,
+        counts_N: Tensor | None = None,
         key_group: dist.ProcessGroup | None = None,
     ) -> None:
         assert dedup in get_args(Dedup)
@@ -124,7 +126,7 @@ class LookupExchange:
         self._keys_R2: Tensor | None = None
         # Of one process the two stages are the same.
         first = dedup != "none" if group is None else dedup in ("two_stage", "before_exchange")
-        unique = _distinct(ids_N, offsets_T1, None, first)
+        unique = _distinct(ids_N, offsets_T1, counts_N, first)
         if group is None:
             self._received = unique
             self.places = self._places(unique, offsets_T1, None)

@@ -78,12 +78,13 @@ class DynamicTables:
         if self.virtual_shards < 1 or self.virtual_shards & (self.virtual_shards - 1):
             raise ValueError(f"virtual_shards={self.virtual_shards}: expected a power of two")
 
-    def configs(self, tables: Sequence[Any]) -> list[DynamicTableConfig]:
+    def configs(self, tables: Sequence[Any], *, uncounted_features: Sequence[str] = ()) -> list[DynamicTableConfig]:
         """Configs of dynamic tables in place of static ones.
 
         Args:
             tables: TorchRec's ``EmbeddingConfig`` or ``EmbeddingBagConfig``. The number of rows counts only where they
                 leave `init_fn` to TorchRec, which derives it from that number.
+            uncounted_features: features whose ids do not count as occurrences.
 
         Raises:
             ValueError: a policy for a table that there is not.
@@ -103,6 +104,7 @@ class DynamicTables:
                 placement=self.placement,
                 cache_rows=self.cache_rows,
                 pooling="mean" if str(getattr(table, "pooling", "SUM")).endswith("MEAN") else "sum",
+                uncounted_features=[x for x in uncounted_features if x in table.feature_names],
             )
             for table in tables
         ]
@@ -125,11 +127,14 @@ class DynamicTables:
                         "only DynamicTables.collection hands on; give it to the table's config"
                     )
 
-    def collection(self, tables: Sequence[Any]) -> DynamicEmbeddingCollection:
-        """A dynamic collection in place of an ``EmbeddingCollection`` of these configs."""
+    def collection(
+        self, tables: Sequence[Any], *, uncounted_features: Sequence[str] = ()
+    ) -> DynamicEmbeddingCollection:
+        """A dynamic collection in place of an ``EmbeddingCollection`` of these configs; see `configs`."""
         from lightning_gr.embeddings.dynamic.collection import DynamicEmbeddingCollection
 
-        return DynamicEmbeddingCollection(tables=self.configs(tables), settings=self)
+        configs = self.configs(tables, uncounted_features=uncounted_features)
+        return DynamicEmbeddingCollection(tables=configs, settings=self)
 
     def bag_collection(self, tables: Sequence[Any]) -> DynamicEmbeddingBagCollection:
         """A dynamic collection in place of an ``EmbeddingBagCollection`` of these configs."""

@@ -36,6 +36,8 @@ class DynamicTableConfig:
         placement: `device`, or `host` for rows in host memory with `cache_rows` of them on the device.
         cache_rows: of `host`.
         pooling: of a `DynamicEmbeddingBagCollection`.
+        uncounted_features: those of `feature_names` whose ids do not count as occurrences, for admission, hot rows and
+            LFU: drawn negatives, which say nothing of how often an item occurs.
 
     Raises:
         ValueError: a setting that cannot work, with the table's name.
@@ -52,6 +54,7 @@ class DynamicTableConfig:
     placement: Placement = "device"
     cache_rows: int = 0
     pooling: Pooling = "sum"
+    uncounted_features: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         where = f"table {self.name}"
@@ -66,6 +69,8 @@ class DynamicTableConfig:
                 raise ValueError(
                     f"{where}: {name}={getattr(self, name)!r}: expected one of {', '.join(get_args(choices))}"
                 )
+        if unknown := [x for x in self.uncounted_features if x not in self.feature_names]:
+            raise ValueError(f"{where}: uncounted_features: {unknown[0]} does not look it up; see feature_names")
         if self.hot_count < 1:
             raise ValueError(f"{where}: hot_count={self.hot_count}: expected at least 1")
         if self.cache_rows < 0:
