@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import csv
 import threading
 import time
@@ -62,13 +63,16 @@ class StageLog:
 
     def hidden_fraction(self, stage: str, behind: str = "train") -> float:
         """The share of a stage's time during which `behind` was at work on another batch; NaN without events."""
-        others = self.events(behind)
+        others = sorted(self.events(behind), key=lambda event: event.start)
+        ends = [other.end for other in others]  # ascending: a stage does one batch after another
         total = hidden = 0.0
         for event in self.events(stage):
             total += event.end - event.start
-            for other in others:
+            for other in others[bisect.bisect_right(ends, event.start) :]:
+                if other.start >= event.end:
+                    break
                 if other.batch != event.batch:
-                    hidden += max(0.0, min(event.end, other.end) - max(event.start, other.start))
+                    hidden += min(event.end, other.end) - max(event.start, other.start)
         return hidden / total if total else float("nan")
 
     def write_csv(self, path: str | Path) -> None:

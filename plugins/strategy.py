@@ -324,7 +324,7 @@ class SequenceBalancedStrategy(DDPStrategy):
 
     @property
     def stage_log(self) -> StageLog | None:
-        """When each stage of the training pipeline worked on which batch; None outside of a fit."""
+        """When each stage of the training pipeline worked on which batch; None before the first fit."""
         return None if self._pipeline is None else self._pipeline.log
 
     @override

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
@@ -129,6 +130,8 @@ class TrainingPipeline:
                 )
             self._cut_into_micro_steps(loader, trainer)
             return loader
+        if isinstance(loader, DataLoader) and isinstance(loader.sampler, DistributedSampler):
+            self._warn_of_repeated_samples(loader)
         if settings.mode == "local" or settings.mode == "exchange":
             return RebatchedLoader(
                 loader,
@@ -140,18 +143,18 @@ class TrainingPipeline:
                 method=settings.partitioner,
             )
         if settings.mode == "planned" and not isinstance(loader, StreamLoader):
-            unsized = "has no length and " if not hasattr(loader, "__len__") else ""
+            unsized = "has no length and " if sized_len(loader) is None else ""
             raise MisconfigurationException(
                 f"balancing.mode=planned: {name} {unsized}has no plan, since nothing tells the lengths of its samples "
                 "ahead; use SequenceDataModule or RankingDataModule, or mode exchange"
             )
+        if isinstance(loader, StreamLoader):
+            loader.balance(cost=self.cost(), method=settings.partitioner)
         if settings.tokens_per_rank is not None:
             rank_zero_warn(
                 f"balancing.tokens_per_rank={settings.tokens_per_rank}: not used, since {name} makes its own batches; "
                 "set mode to local or exchange"
             )
-        if isinstance(loader, DataLoader) and isinstance(loader.sampler, DistributedSampler):
-            self._warn_of_repeated_samples(loader)
         return loader
 
     def _cut_into_micro_steps(self, loader: PlannedLoader, trainer: pl.Trainer) -> None:

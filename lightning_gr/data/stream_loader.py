@@ -11,7 +11,8 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 
-from lightning_gr.balancing.partition import partition
+from lightning_gr.balancing.cost import TOKENS, SequenceCost
+from lightning_gr.balancing.partition import Method, partition
 from lightning_gr.batch import SequenceBatch
 from lightning_gr.data.event_table import UserRows
 from lightning_gr.data.raw_ids import raw_key
@@ -95,11 +96,22 @@ class StreamLoader:
         self._rank, self._world_size, self._num_workers = rank, world_size, num_workers
         self._lookahead = lookahead
         self.mode: Mode = "planned"
+        self._cost: SequenceCost = TOKENS
+        self._method: Method = "lpt"
         self._budget = global_tokens
         # Day, block and user; in mode planned all ranks have one cursor, else each its own.
         self._cursor = [0, 0, 0]
         self._handed_out: list[list[list[int]]] = [self._alike(self._cursor)]
         self._resume_from: list[list[int]] | None = None
+
+    def balance(self, *, cost: SequenceCost, method: Method) -> None:
+        """Sets how mode `planned` deals global batches out; which samples a global batch has stays the same.
+
+        Args:
+            cost: what a sequence costs.
+            method: the partitioner.
+        """
+        self._cost, self._method = cost, method
 
     def share(self, mode: Mode, *, tokens_per_rank: int | None = None) -> None:
         """Says how ranks share a day; called before a state is loaded and before iterating.
@@ -265,8 +277,8 @@ class StreamLoader:
     def _batch(self, number: int, samples: list[_Sample], held: dict[int, UserRows]) -> SequenceBatch:
         mine, divisor = samples, 1.0
         if self.mode == "planned":
-            costs = np.array([sample.tokens for sample in samples])
-            mine = [samples[i] for i in partition(costs, self._world_size)[self._rank].tolist()]
+            costs = self._cost(np.array([sample.tokens for sample in samples]))
+            mine = [samples[i] for i in partition(costs, self._world_size, method=self._method)[self._rank].tolist()]
             divisor = float(self._world_size)
         blocks = sorted({sample.block for sample in mine}) or sorted(held)[:1]
         of_block = {block: np.array([s.place for s in mine if s.block == block], dtype=np.int64) for block in blocks}
