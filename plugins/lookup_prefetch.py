@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
@@ -35,15 +36,21 @@ class LookupPrefetch:
     Args:
         module: sharded collections are looked for inside.
         group: all processes, in a group that nothing else uses.
+        device: where batches are.
         time_of: the clock of the data at a batch, for dynamic tables; None where it does not matter.
     """
 
     def __init__(
-        self, module: nn.Module, *, group: dist.ProcessGroup, time_of: Callable[[Any], int | None] = lambda _: None
+        self,
+        module: nn.Module,
+        *,
+        group: dist.ProcessGroup,
+        device: torch.device,
+        time_of: Callable[[Any], int | None] = lambda _: None,
     ) -> None:
         from torchrec.distributed.types import ShardedModule
 
-        self._group, self._time_of = group, time_of
+        self._group, self._device, self._time_of = group, device, time_of
         self._collections: dict[str, ShardedModule[Any, Any, Any, Any]] = {
             path: child for path, child in module.named_modules() if isinstance(child, ShardedModule)
         }
@@ -146,6 +153,10 @@ class LookupPrefetch:
             if ready is None:
                 return plain(*args, **kwargs)
             _, context, features = ready
+            if self._device.type == "cuda":
+                stream = torch.cuda.current_stream(self._device)
+                context.record_stream(stream)
+                features.record_stream(stream)
             return collection.compute_and_output_dist(context, features)
 
         return forward

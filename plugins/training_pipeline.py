@@ -74,7 +74,9 @@ class TrainingPipeline:
         # Every rank makes the groups in this order, whichever it will use.
         self._batch_group = group_named("batches", timeout=timeout, backend="gloo")
         lookup_group = group_named("lookups", timeout=timeout)
-        self._lookups = LookupPrefetch(module, group=lookup_group, time_of=dynamic.time_of) if depth else None
+        self._lookups = (
+            LookupPrefetch(module, group=lookup_group, device=device, time_of=dynamic.time_of) if depth else None
+        )
         self._check_settings, self._micro_steps = check_settings, 1
         self._loader: PipelinedLoader | None = None
         self._present: StagedBatch | None = None

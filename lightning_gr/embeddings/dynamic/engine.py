@@ -63,7 +63,8 @@ class DynamicLookup:
     keeps_order: bool = False
 
     def record_stream(self, stream: Any) -> None:
-        """As TorchRec's contexts have it; the exchange runs on the stream that made it."""
+        """Tells the allocator of a GPU that this stream uses what another one made."""
+        self.exchange.record_stream(stream)
 
 
 class DynamicEngine:
@@ -298,6 +299,8 @@ class DynamicEngine:
             for lookup in list(self._ahead):
                 if lookup.features is features:
                     self._ahead.remove(lookup)
+                    if self.device.type == "cuda":
+                        lookup.record_stream(torch.cuda.current_stream(self.device))
                     return lookup
                 if lookup.keeps_order:
                     raise RuntimeError(

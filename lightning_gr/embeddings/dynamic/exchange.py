@@ -190,6 +190,12 @@ class LookupExchange:
         self._inverses = self._travel_order(self._received)
         return self._received
 
+    def record_stream(self, stream: Any) -> None:
+        """Tells the allocator of a GPU that this stream uses the keys."""
+        for value in (*vars(self).values(), *self.places, *(self._received or ()), *getattr(self, "_inverses", ())):
+            if isinstance(value, Tensor) and value.device.type == "cuda":
+                value.record_stream(stream)
+
     # ---- rows --------------------------------------------------------------------------------------------------
 
     def send_rows(self, rows_KD: Sequence[Tensor]) -> None:
