@@ -74,7 +74,9 @@ class LookupPrefetch:
         """Watches what the forwards inside look up of a batch."""
         seen: list[tuple[str, Any]] = []
         hooks = [
-            collection.register_forward_pre_hook(lambda _, args, path=path: seen.append((path, args[0])))
+            collection.register_forward_pre_hook(
+                lambda _, args, kwargs, path=path: seen.append((path, _features(args, kwargs))), with_kwargs=True
+            )
             for path, collection in self._collections.items()
         ]
         try:
@@ -149,7 +151,8 @@ class LookupPrefetch:
         plain = functools.partial(type(collection).forward, collection)
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            ready = self._ready.pop((path, id(args[0])), None) if args and collection.training else None
+            key = (path, id(_features(args, kwargs)))
+            ready = self._ready.pop(key, None) if collection.training else None
             if ready is None:
                 return plain(*args, **kwargs)
             _, context, features = ready
@@ -160,6 +163,11 @@ class LookupPrefetch:
             return collection.compute_and_output_dist(context, features)
 
         return forward
+
+
+def _features(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What a collection's forward is given to look up."""
+    return args[0] if args else kwargs.get("features")
 
 
 def _discard(_: object) -> None:

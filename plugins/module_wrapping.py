@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from datetime import timedelta
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_gr.batch import SequenceBatch
 from lightning_gr.embeddings import initialise_tables
@@ -34,10 +35,12 @@ class WrappedModule(NamedTuple):
     Args:
         dmp: the module, wrapped.
         sparse_lrs: learning rate of each group of `dmp.fused_optimizer`, before a schedule.
+        settings: what it was wrapped with.
     """
 
     dmp: DistributedModelParallel
     sparse_lrs: list[float]
+    settings: dict[str, Any]
 
 
 def wrap_module(
@@ -78,8 +81,22 @@ def wrap_module(
 
     from lightning_gr.plugins.dynamic_sharding import dynamic_collections
 
+    settings: dict[str, Any] = {
+        "sharding": sharding,
+        "sparse_optimizer": sparse_optimizer,
+        "sparse_lr": sparse_lr,
+        "static_dedup": static_dedup,
+        "find_unused_parameters": find_unused_parameters,
+        "bucket_cap_mb": bucket_cap_mb,
+    }
     earlier: WrappedModule | None = module.__dict__.get(_ATTRIBUTE)
     if earlier is not None:
+        for name, value in settings.items():
+            if value != earlier.settings[name]:
+                rank_zero_warn(
+                    f"{name}={value!r}: not used, since an earlier strategy has sharded this module with "
+                    f"{earlier.settings[name]!r}; make the module anew"
+                )
         return earlier
     Pipelineable.register(SequenceBatch)
     group = dist.group.WORLD
@@ -127,6 +144,6 @@ def wrap_module(
         initialise_tables(module.get_submodule(path), seed=seed, configs=configs)
     # Modules without dense parameters are not wrapped in DDP, and metrics would stay behind on the host.
     module.to(device)
-    wrapped = WrappedModule(dmp, [float(group["lr"]) for group in dmp.fused_optimizer.param_groups])
+    wrapped = WrappedModule(dmp, [float(group["lr"]) for group in dmp.fused_optimizer.param_groups], settings)
     module.__dict__[_ATTRIBUTE] = wrapped
     return wrapped

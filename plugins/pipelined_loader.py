@@ -71,6 +71,9 @@ class PipelinedLoader:
         self._run: _Run | None = None
         self._numbers = 0
         self._state: dict[str, Any] | None = None
+        self._handed: deque[StagedBatch] = deque()
+        if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
+            self.__class__ = _StatefulPipelinedLoader
 
     def __getattr__(self, name: str) -> Any:
         if name == "loader":  # before __init__, as copy and pickle look for it
@@ -102,6 +105,7 @@ class PipelinedLoader:
                     self._state = run.final_state
                     return
                 staged, self._state = found
+                self._handed.append(staged)
                 handed_over += 1
                 yield staged
         except GeneratorExit:
@@ -118,6 +122,23 @@ class PipelinedLoader:
         self._numbers += 1
         return self._numbers - 1
 
+    @property
+    def _iterator(self) -> Any:
+        """Of a DataLoader inside; Lightning sets it to None where it has ended persistent workers."""
+        return getattr(self.loader, "_iterator", None)
+
+    @_iterator.setter
+    def _iterator(self, iterator: Any) -> None:
+        self.loader._iterator = iterator
+
+    def begin(self, staged: StagedBatch) -> None:
+        """Forgets what batches before the one that now trains have left of their lookups.
+
+        Lightning asks a loader without a length for one batch more before it trains the one at hand.
+        """
+        while self._handed and self._handed[0] is not staged:
+            self._handed.popleft().lookups.drop()
+
     def flush(self) -> None:
         """Waits until no stage is at work; what is in flight stays there."""
         if self._run is not None:
@@ -132,6 +153,12 @@ class PipelinedLoader:
         if self._run is not None:
             self._run.close(wait=wait)
             self._run = None
+        while self._handed:
+            self._handed.popleft().lookups.drop()
+
+
+class _StatefulPipelinedLoader(PipelinedLoader):
+    """Of a loader that knows its position."""
 
     def state_dict(self) -> dict[str, Any]:
         """That of the loader inside, as it was when the present batch had been fetched, whatever is in flight."""
@@ -140,8 +167,7 @@ class PipelinedLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Passes the state on to the loader inside."""
         self._state = None
-        if hasattr(self.loader, "load_state_dict"):
-            self.loader.load_state_dict(state)
+        self.loader.load_state_dict(state)
 
 
 @dataclass
@@ -201,7 +227,6 @@ class _Run:
                     flying.staged.lookups.finish()
             self._hand_over(flying)
             yield flying.staged, flying.state
-            flying.staged.lookups.drop()
 
     # ---- stages ------------------------------------------------------------------------------------------------
 

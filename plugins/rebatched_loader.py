@@ -46,9 +46,11 @@ class RebatchedLoader:
         self._cost, self._method = cost, method
         if isinstance(loader, StreamLoader):
             loader.share(mode, tokens_per_rank=tokens_per_rank)
+            self.__class__ = _RebatchedStream
 
     def __getattr__(self, name: str) -> Any:
-        if name == "loader":  # before __init__, as copy and pickle look for it
+        # Before __init__, as copy and pickle look for it; and a loader of the user's has drawn more than was trained.
+        if name in ("loader", "state_dict", "load_state_dict"):
             raise AttributeError(name)
         return getattr(self.loader, name)
 
@@ -70,3 +72,16 @@ class RebatchedLoader:
             yield batch
         if stream is not None:
             stream.handed_out(None)
+
+
+class _RebatchedStream(RebatchedLoader):
+    """Of a stream, whose cursors travel with the batches."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Every rank's position after the last batch handed out."""
+        state: dict[str, Any] = self.loader.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues there; see `StreamLoader.load_state_dict`."""
+        self.loader.load_state_dict(state)

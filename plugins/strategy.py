@@ -210,7 +210,7 @@ class SequenceBalancedStrategy(DDPStrategy):
         self._check_precision()
         # Before the wrap: the shards of tables have a type of their own.
         self.precision_plugin.convert_module(self.lightning_module)
-        self._dmp, self._sparse_base_lrs = wrap_module(
+        self._dmp, self._sparse_base_lrs, _ = wrap_module(
             self.lightning_module,
             sharding=self.sharding,
             sparse_optimizer=self.sparse_optimizer,
@@ -228,7 +228,7 @@ class SequenceBalancedStrategy(DDPStrategy):
         self._dynamic = DynamicTraining(self.lightning_module)
         if trainer.state.fn == TrainerFn.FITTING:
             self._check_settings(trainer)
-            self.setup_optimizers(trainer)
+            # Before the optimisers: a schedule may ask the Trainer for the length of the loader, which is made then.
             self._pipeline = TrainingPipeline(
                 balancing=self.balancing,
                 depth=self.pipeline_depth,
@@ -240,6 +240,7 @@ class SequenceBalancedStrategy(DDPStrategy):
                 watch=self._watch,
                 check_settings=self._check_settings,
             )
+            self.setup_optimizers(trainer)
         self.setup_precision_plugin()
         if self._dynamic.engines:
             clipping_with(self._dynamic, self.precision_plugin)
@@ -338,6 +339,11 @@ class SequenceBalancedStrategy(DDPStrategy):
             self._watch.at("validation after step", self.lightning_module.trainer.global_step)  # type: ignore[union-attr]
         if self._pipeline is not None:
             self._pipeline.flush()
+
+    @override
+    def on_train_start(self) -> None:
+        if self._pipeline is not None:
+            self._pipeline.resume_progress()
 
     @override
     def on_train_end(self) -> None:
@@ -573,6 +579,8 @@ class SequenceBalancedStrategy(DDPStrategy):
     @override
     def teardown(self) -> None:
         # Not the base class: it would move the shards and the optimisers to the host.
+        if self._pipeline is not None:
+            self._pipeline.end(wait=True)
         if self._watch is not None:
             self._watch.stop()
         assert self.cluster_environment is not None

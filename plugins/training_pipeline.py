@@ -78,6 +78,8 @@ class TrainingPipeline:
             LookupPrefetch(module, group=lookup_group, device=device, time_of=dynamic.time_of) if depth else None
         )
         self._check_settings, self._micro_steps = check_settings, 1
+        self._planned: PlannedLoader | None = None
+        self._counts: dict[str, Any] = {}
         self._loader: PipelinedLoader | None = None
         self._present: StagedBatch | None = None
         self._began = 0.0
@@ -124,6 +126,8 @@ class TrainingPipeline:
 
     def _balanced(self, loader: Any, trainer: pl.Trainer) -> Any:
         settings, name = self._balancing, type(loader).__name__
+        if isinstance(loader, PlannedLoader) or settings.mode in ("local", "exchange"):
+            _refuse_changing_accumulation(trainer)
         if isinstance(loader, PlannedLoader):
             if settings.mode in ("local", "exchange"):
                 raise MisconfigurationException(
@@ -162,12 +166,6 @@ class TrainingPipeline:
     def _cut_into_micro_steps(self, loader: PlannedLoader, trainer: pl.Trainer) -> None:
         """Tells the loader how batches are dealt out, and the Trainer how many of them make a step."""
         settings, batches = self._balancing, trainer.accumulate_grad_batches // self._micro_steps
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, GradientAccumulationScheduler):
-                raise MisconfigurationException(
-                    "GradientAccumulationScheduler: a planned batch carries the label counts of its whole optimizer "
-                    "step, so the number of batches in one cannot change; use Trainer(accumulate_grad_batches=...)"
-                )
         self._micro_steps = loader.balance(
             cost=self.cost(),
             method=settings.partitioner,
@@ -175,12 +173,34 @@ class TrainingPipeline:
             accumulate=batches,
         )
         trainer.accumulate_grad_batches = batches * self._micro_steps
+        self._planned = loader
+        self._count_micro_steps(trainer)
         if self._micro_steps > 1:
             rank_zero_info(
                 f"tokens_per_rank={settings.tokens_per_rank}: each global batch is computed in {self._micro_steps} "
                 "micro-steps"
             )
             self._check_settings(trainer)
+
+    def _count_micro_steps(self, trainer: pl.Trainer) -> None:
+        """Numbers of batches among the Trainer's settings mean global ones, of which it sees the parts."""
+        for name in ("limit_train_batches", "val_check_interval"):
+            value = self._counts.setdefault(name, getattr(trainer, name))
+            if isinstance(value, int):
+                setattr(trainer, name, value * self._micro_steps)
+
+    def resume_progress(self) -> None:
+        """Counts what Lightning has restored anew: a checkpoint may have been cut into other micro-steps."""
+        fit_loop = self._module.trainer.fit_loop
+        done = None if self._planned is None else self._planned.resumes_after
+        if done is None or not fit_loop.restarting:
+            return
+        progress: Any = fit_loop.epoch_loop.batch_progress
+        # A checkpoint of on_train_batch_end has the last batch processed and not completed; Lightning adds it.
+        pending = progress.total.processed - progress.total.completed
+        current = progress.current
+        current.ready = current.started = current.processed = done
+        current.completed = done - pending
 
     @staticmethod
     def _warn_of_repeated_samples(loader: DataLoader[Any]) -> None:
@@ -206,6 +226,8 @@ class TrainingPipeline:
     def unwrap(self, batch: Any) -> Any:
         """The batch that Lightning is about to train, out of what the loader handed over."""
         self._present = batch
+        if self._loader is not None:
+            self._loader.begin(batch)
         return batch.batch
 
     @contextmanager
@@ -234,14 +256,26 @@ class TrainingPipeline:
         self.stop(wait=wait)
         if not wait:
             forget_groups()
-        self._module.trainer.accumulate_grad_batches //= self._micro_steps
-        self._micro_steps = 1
+        trainer = self._module.trainer
+        trainer.accumulate_grad_batches //= self._micro_steps
+        for name, value in self._counts.items():
+            setattr(trainer, name, value)
+        self._counts.clear()
+        self._micro_steps, self._planned = 1, None
 
     def stop(self, *, wait: bool) -> None:
         """Ends what is in flight; without waiting after a failure."""
         if self._loader is not None:
             self._loader.stop(wait=wait)
         self._loader = self._present = None
+
+
+def _refuse_changing_accumulation(trainer: pl.Trainer) -> None:
+    if any(isinstance(x, GradientAccumulationScheduler) for x in trainer.callbacks):  # type: ignore[attr-defined]
+        raise MisconfigurationException(
+            "GradientAccumulationScheduler: a balanced batch carries the label counts of its whole optimizer step, so "
+            "the number of batches in one cannot change; use Trainer(accumulate_grad_batches=...)"
+        )
 
 
 def _leaves_generator_alone(loader: Any) -> bool:

@@ -68,9 +68,9 @@ class _Recorded:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._settings, name)
 
-    def collection(self, tables: Sequence[Any]) -> Any:
+    def collection(self, tables: Sequence[Any], **settings: Any) -> Any:
         self.cardinalities |= {table.name: table.num_embeddings for table in tables if table.num_embeddings > 1}
-        return self._settings.collection(tables)
+        return self._settings.collection(tables, **settings)
 
 
 def build(settings: Sequence[str]) -> Recipe:

@@ -143,8 +143,13 @@ class PlannedLoader:
         epoch, done = self._cursor
         return {"epoch": epoch, "batches_done": done, **self._identity()}
 
+    @property
+    def resumes_after(self) -> int | None:
+        """Batches of the epoch, micro-batches counted, that a loaded state has done; None once iteration has begun."""
+        return None if self._resume_from is None else self._resume_from[1] * self._deal.micro_steps
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where a saved cursor stood.
+        """Continues where a saved cursor stood; from the first batch of an optimizer step that was not finished.
 
         Raises:
             ValueError: the plan was made from another seed, budget or log, so the cursor means nothing here.
@@ -155,7 +160,10 @@ class PlannedLoader:
                     f"{name}: the checkpoint's data plan has {state.get(name)!r}, this run has {present!r}; resume "
                     "with the same, or start from the weights alone"
                 )
-        self._resume_from = self._cursor = (int(state["epoch"]), int(state["batches_done"]))
+        done = int(state["batches_done"])
+        if done < self._plan.num_batches:
+            done -= done % self._accumulate
+        self._resume_from = self._cursor = (int(state["epoch"]), done)
 
 
 class _PlannedBatches(torch.utils.data.Dataset[SequenceBatch]):

@@ -91,7 +91,7 @@ CASES = {
     "local": "MisconfigurationException: balancing.mode=local: the training data has an index",
     "no lengths": "TypeError: the training loader yields Tensor: mode exchange counts and moves the sequences",
     "budget": "ValueError: tokens_per_rank=7: the longest sample has 8 tokens; raise it to at least 8",
-    "scheduler": "MisconfigurationException: GradientAccumulationScheduler: a planned batch carries",
+    "scheduler": "MisconfigurationException: GradientAccumulationScheduler: a balanced batch carries",
     "own batches": "balancing.tokens_per_rank=100: not used, since DataLoader makes its own batches",
     "sampler": "DistributedSampler: 5 samples do not divide by 2 processes, so it repeats 1 of them",
 }

@@ -457,6 +457,43 @@ def test_micro_steps_resume_on_any_number_of_ranks(gloo: Any, logs: Any, tmp_pat
         assert difference(many, rest) <= 1e-10
 
 
+@pytest.mark.parametrize("step", [1, 3])
+def test_resumed_with_more_micro_steps_than_before(gloo: Any, logs: Any, tmp_path: Path, step: int) -> None:
+    path = str(tmp_path / "middle.ckpt")
+    four = gloo(4).run(train_and_save, 4, logs["uneven"], path, step, max_steps=12, **MICRO)
+    one = gloo(1).run(train, 1, logs["uneven"], max_steps=12, ckpt_path=path, **MICRO)
+    rest = [x | {"losses": x["losses"][step:], "samples": x["samples"][step:]} for x in four]
+    assert samples(one) == samples(rest)
+    assert difference(rest, one) <= 1e-10
+
+
+class SaveAtBatch(pl.Callback):
+    """In the middle of a step."""
+
+    def __init__(self, path: str, batch: int) -> None:
+        self.path, self.left = path, batch
+
+    def on_train_batch_end(self, trainer: Any, *args: Any) -> None:
+        self.left -= 1
+        if self.left == 0:
+            trainer.save_checkpoint(self.path)
+
+
+def train_and_save_at_batch(world_size: int, log: str, path: str, batch: int, **settings: Any) -> dict[str, Any]:
+    return train(world_size, log, callback=SaveAtBatch(path, batch), **settings)
+
+
+def test_a_checkpoint_between_micro_steps_repeats_the_step(gloo: Any, logs: Any, tmp_path: Path) -> None:
+    path = str(tmp_path / "between.ckpt")
+    whole = gloo(1).run(train_and_save_at_batch, 1, logs["uneven"], path, 9, max_steps=12, **MICRO)
+    again = gloo(1).run(train, 1, logs["uneven"], max_steps=12, ckpt_path=path, **MICRO)
+    done = 12 - len(again[0]["losses"])
+    assert 0 < done < 9
+    rest = [x | {"losses": x["losses"][done:], "samples": x["samples"][done:]} for x in whole]
+    assert samples(again) == samples(rest)
+    assert difference(again, rest) <= 1e-10
+
+
 # ---- modes local and exchange: each rank has a stream of its own -------------------------------------------------
 
 
