@@ -149,7 +149,7 @@ class PlannedLoader:
         return None if self._resume_from is None else self._resume_from[1] * self._deal.micro_steps
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues where a saved cursor stood; from the first batch of an optimizer step that was not finished.
+        """Continues where a saved cursor stood, at the first micro-batch of a global batch that was not finished.
 
         Raises:
             ValueError: the plan was made from another seed, budget or log, so the cursor means nothing here.
@@ -160,10 +160,7 @@ class PlannedLoader:
                     f"{name}: the checkpoint's data plan has {state.get(name)!r}, this run has {present!r}; resume "
                     "with the same, or start from the weights alone"
                 )
-        done = int(state["batches_done"])
-        if done < self._plan.num_batches:
-            done -= done % self._accumulate
-        self._resume_from = self._cursor = (int(state["epoch"]), done)
+        self._resume_from = self._cursor = (int(state["epoch"]), int(state["batches_done"]))
 
 
 class _PlannedBatches(torch.utils.data.Dataset[SequenceBatch]):
