@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_gr.plugins.rank_watch import RankWatch
 from lightning_gr.plugins.stage_log import StageLog
@@ -289,9 +288,9 @@ class _Run:
         if hasattr(batch, "record_stream"):
             batch.record_stream(compute)
         elif isinstance(batch, (list, tuple, dict)):
-            for tensor in batch.values() if isinstance(batch, dict) else batch:
-                if isinstance(tensor, Tensor) or hasattr(tensor, "record_stream"):
-                    tensor.record_stream(compute)
+            for part in batch.values() if isinstance(batch, dict) else batch:
+                if hasattr(part, "record_stream"):
+                    part.record_stream(compute)
 
     @staticmethod
     def _on(stream: Any) -> Any:

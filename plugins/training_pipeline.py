@@ -66,10 +66,10 @@ class TrainingPipeline:
         watch: RankWatch,
         check_settings: Callable[[pl.Trainer], None],
     ) -> None:
-        self._balancing, self._depth = balancing, depth
-        self._module, self._device, self._prepare = module, device, prepare
         from lightning_gr.plugins.lookup_prefetch import LookupPrefetch
 
+        self._balancing, self._depth = balancing, depth
+        self._module, self._device, self._prepare = module, device, prepare
         self.log, self._watch = StageLog(), watch
         # Every rank makes the groups in this order, whichever it will use.
         self._batch_group = group_named("batches", timeout=timeout, backend="gloo")
