@@ -24,8 +24,8 @@ _PRUNE_EVERY = 64
 class AdmissionCounter(Protocol):
     """Occurrences of keys in finished steps; those of the running step are buffered until it is committed."""
 
-    def counts(self, ids_N: Tensor) -> Tensor:
-        """Occurrences in finished steps, int64 (N,)."""
+    def counts(self, ids_N: Tensor, *, committing: int | None = None) -> Tensor:
+        """Occurrences in finished steps, int64 (N,); with the number of the running step, as they will be after it."""
         ...
 
     def add(self, ids_N: Tensor, counts_N: Tensor) -> None:
@@ -62,14 +62,19 @@ class _Buffered:
             self._ids.append(ids_N)
             self._counts.append(counts_N[occurred_N])
 
-    def _taken(self) -> tuple[Tensor, Tensor] | None:
+    def _buffered(self) -> tuple[Tensor, Tensor] | None:
+        """Distinct keys and their occurrences in the running step; None without any."""
         if not self._ids:
             return None
         ids_B, counts_B = torch.cat(self._ids), torch.cat(self._counts)
-        self._ids.clear()
-        self._counts.clear()
         unique = unique_keys(ids_B, [0, len(ids_B)], counts_B)
+        self._ids, self._counts = [unique.ids_U], [unique.counts_U]
         return unique.ids_U, unique.counts_U
+
+    def _taken(self) -> tuple[Tensor, Tensor] | None:
+        taken = self._buffered()
+        self._ids, self._counts = [], []
+        return taken
 
 
 class ExactCounter(_Buffered, AdmissionCounter):
@@ -91,12 +96,22 @@ class ExactCounter(_Buffered, AdmissionCounter):
         return len(self._index)
 
     @override
-    def counts(self, ids_N: Tensor) -> Tensor:
-        rows_N = self._index.find(ids_N, 0)
-        known_N = rows_N >= 0
-        counts_N = torch.zeros_like(ids_N)
-        counts_N[known_N] = self._rows.read_metadata(rows_N[known_N]).counts
-        return counts_N
+    def counts(self, ids_N: Tensor, *, committing: int | None = None) -> Tensor:
+        metadata = self._rows.read_metadata(self._index.find(ids_N, 0))  # zeros where there is no row
+        counts_N = metadata.counts.clone()
+        if committing is None:
+            return counts_N
+        added_N = torch.zeros_like(ids_N)
+        if (buffered := self._buffered()) is not None:
+            added_N = _sums_at(ids_N, *buffered)
+        if self._prunes(committing):
+            assert self._forget_after_steps is not None
+            old_N = (metadata.last_steps < committing - self._forget_after_steps) & (added_N == 0)
+            counts_N.masked_fill_(old_N, 0)
+        return counts_N + added_N
+
+    def _prunes(self, step: int) -> bool:
+        return self._forget_after_steps is not None and step % _PRUNE_EVERY == 0
 
     @override
     def forget(self, ids_N: Tensor) -> None:
@@ -107,7 +122,8 @@ class ExactCounter(_Buffered, AdmissionCounter):
     def commit(self, step: int) -> None:
         if (taken := self._taken()) is not None:
             self._add(*taken, step)
-        if self._forget_after_steps is not None and step % _PRUNE_EVERY == 0:
+        if self._prunes(step):
+            assert self._forget_after_steps is not None
             ids_N, _, rows_N = self._index.entries()
             old_N = self._rows.read_metadata(rows_N).last_steps < step - self._forget_after_steps
             self.forget(ids_N[old_N])
@@ -162,8 +178,14 @@ class SketchCounter(_Buffered, AdmissionCounter):
         return (shards_N[:, None] * _SKETCH_ROWS + rows_R) * self._width + columns_NR
 
     @override
-    def counts(self, ids_N: Tensor) -> Tensor:
-        return self._cells_VRW.view(-1)[self._places(ids_N)].amin(1).to(torch.int64)
+    def counts(self, ids_N: Tensor, *, committing: int | None = None) -> Tensor:
+        places_NR = self._places(ids_N)
+        counts_NR = self._cells_VRW.view(-1)[places_NR].to(torch.int64)
+        if committing is not None and (buffered := self._buffered()) is not None:
+            places_BR = self._places(buffered[0]).reshape(-1)
+            added = _sums_at(places_NR.reshape(-1), places_BR, buffered[1].repeat_interleave(_SKETCH_ROWS))
+            counts_NR += added.view_as(counts_NR)
+        return counts_NR.amin(1)
 
     @override
     def forget(self, ids_N: Tensor) -> None:
@@ -193,6 +215,14 @@ class SketchCounter(_Buffered, AdmissionCounter):
                 f"{self._width}; set sketch_width to that"
             )
         self._cells_VRW[state["shards"].to(device)] = state["cells"].to(device)
+
+
+def _sums_at(wanted_N: Tensor, keys_B: Tensor, counts_B: Tensor) -> Tensor:
+    """Of each wanted key the sum of the counts that it has among some keys."""
+    keys_U, inverse_B = keys_B.unique(return_inverse=True)
+    sums_U = counts_B.new_zeros(len(keys_U)).index_add_(0, inverse_B, counts_B)
+    at_N = torch.searchsorted(keys_U, wanted_N).clamp(max=len(keys_U) - 1)
+    return torch.where(keys_U[at_N] == wanted_N, sums_U[at_N], 0)
 
 
 def salts_of(names: Sequence[str]) -> list[int]:

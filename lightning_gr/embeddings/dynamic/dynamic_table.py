@@ -16,14 +16,11 @@ from torch import Tensor
 
 from lightning_gr.embeddings.dynamic.admission import AdmissionCounter, ExactCounter, SketchCounter
 from lightning_gr.embeddings.dynamic.eviction import RowBudget, is_expired
-from lightning_gr.embeddings.dynamic.first_values import first_values
-from lightning_gr.embeddings.dynamic.key_index import key_hash, top_bits
 from lightning_gr.embeddings.dynamic.keyed_rows import KeyedRows
-from lightning_gr.embeddings.dynamic.row_storage import Metadata
+from lightning_gr.embeddings.dynamic.lookup_plan import LookupPlan, plan_lookup, planned_values
 from lightning_gr.embeddings.dynamic.sparse_optimizers import SparseOptimizerConfig, update_rows
 from lightning_gr.embeddings.dynamic.table_config import DynamicTableConfig
 from lightning_gr.embeddings.dynamic.table_statistics import TableStatistics
-from lightning_gr.embeddings.dynamic.unique_keys import unique_keys
 
 _SWEEP_EVERY = 64
 
@@ -62,9 +59,10 @@ class DynamicTable(KeyedRows):
             device=device,
             encode_ids=encode_ids,
         )
-        self._row_budgets = [None if limit is None else RowBudget(self, t) for t, limit in enumerate(self.budgets)]
-        self._counters = [self._counter(table) for table in range(len(configs))]
+        self.row_budgets = [None if limit is None else RowBudget(self, t) for t, limit in enumerate(self.budgets)]
+        self.counters = [self._counter(table) for table in range(len(configs))]
         self.statistics = [TableStatistics() for _ in configs]
+        self._swept = -1
 
     def _counter(self, table: int) -> AdmissionCounter | None:
         admission = self.configs[table].policy.admission
@@ -77,7 +75,6 @@ class DynamicTable(KeyedRows):
 
     # ---- lookup ------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def lookup(
         self,
         ids_U: Tensor,
@@ -104,67 +101,100 @@ class DynamicTable(KeyedRows):
             KeyError: a key without a row in a table whose `on_missing` is `error`; the table is as it was.
             MemoryError: no room to grow; the table is as it was.
         """
-        tables_U = _tables_of(offsets_T1, ids_U.device)
-        rows_U = self.index.find(*self.index_keys(ids_U, tables_U))
-        expires = any(config.policy.expires for config in self.configs)
-        if expires or training:
-            metadata = self.storage.read_metadata(rows_U)
-        if expires:
-            rows_U = self._without_expired(ids_U, offsets_T1, rows_U, metadata, step, time, training)
+        plan = self.plan(ids_U, offsets_T1, counts_U, step=step, time=time, training=training, distinct=distinct)
         if training:
-            self._count_collisions(rows_U, metadata, offsets_T1, step)
-            if bool((rows_U < 0).any()):
-                if distinct:
-                    rows_U = self._insert(ids_U, tables_U, offsets_T1, counts_U, rows_U, step, time)
-                else:
-                    unique = unique_keys(ids_U, offsets_T1, counts_U)
-                    keys = (unique.ids_U, _tables_of(unique.offsets_T1, ids_U.device), unique.offsets_T1)
-                    # What expired is gone from the index too.
-                    rows = self.index.find(*self.index_keys(*keys[:2]))
-                    rows_U = self._insert(*keys, unique.counts_U, rows, step, time)[unique.inverse_N]
-            present_U = rows_U >= 0
-            self.storage.touch(rows_U[present_U], counts_U[present_U], step=step, time=time)
-        values_UD = self.storage.read(rows_U)
-        if bool((rows_U < 0).any()):
-            rows_U = self._fill_missing(ids_U, offsets_T1, counts_U, rows_U, values_UD, step, time, training)
-        return Lookup(rows_U, values_UD)
+            self.apply(plan)
+        else:
+            self._count_missing(plan)
+        return Lookup(plan.rows_N, self.values(plan))
 
-    def _count_collisions(self, rows_U: Tensor, metadata: Metadata, offsets_T1: Sequence[int], step: int) -> None:
-        found_U = rows_U >= 0
-        flags_2U = torch.stack([found_U, found_U & (metadata.last_steps == step - 1)])
-        sums_2U = torch.nn.functional.pad(flags_2U.cumsum(1), (1, 0))
-        # Of all tables at once, since reading numbers back makes the host wait for a GPU.
-        counts = sums_2U[:, torch.tensor(offsets_T1, device=rows_U.device)].diff().tolist()
-        for table, statistics in enumerate(self.statistics):
-            statistics.looked_up += offsets_T1[table + 1] - offsets_T1[table]
-            statistics.found += counts[0][table]
-            statistics.collided += counts[1][table]
-
-    # ---- expiry ------------------------------------------------------------------------------------------------
-
-    def _without_expired(
+    @torch.no_grad()
+    def plan(
         self,
         ids_U: Tensor,
         offsets_T1: Sequence[int],
-        rows_U: Tensor,
-        metadata: Metadata,
+        counts_U: Tensor,
+        *,
         step: int,
         time: int,
         training: bool,
-    ) -> Tensor:
-        rows_U = rows_U.clone()
-        for table, config in enumerate(self.configs):
-            if not config.policy.expires:
-                continue
-            own = slice(offsets_T1[table], offsets_T1[table + 1])
-            of_table = Metadata(
-                metadata.counts[own], metadata.last_steps[own], metadata.last_times[own], metadata.scores
-            )
-            expired_N = is_expired(config.policy, of_table, step, time) & (rows_U[own] >= 0)
-            if training and bool(expired_N.any()):
-                self.statistics[table].expired += self.remove(ids_U[own][expired_N].unique(), table)
-            rows_U[own] = rows_U[own].masked_fill(expired_N, -1)
-        return rows_U
+        distinct: bool = True,
+        ahead: bool = False,
+    ) -> LookupPlan:
+        """What `lookup` would do; changes nothing. With `ahead`, as if the step before had ended."""
+        return plan_lookup(
+            self,
+            ids_U,
+            offsets_T1,
+            counts_U,
+            step=step,
+            time=time,
+            training=training,
+            distinct=distinct,
+            ahead=ahead,
+        )
+
+    @torch.no_grad()
+    def values(self, plan: LookupPlan) -> Tensor:
+        """What the keys of a plan are answered, float32 (N, D); before it is carried out or after."""
+        return planned_values(self, plan)
+
+    @torch.no_grad()
+    def apply(self, plan: LookupPlan) -> None:
+        """Carries out a plan of training, between which and now rows may have been updated and nothing else.
+
+        Raises:
+            MemoryError: no room to grow; the table is as it was.
+        """
+        assert plan.training and not plan.applied
+        shared_new = [(x, x.rows < 0) for x in plan.shared.values()]
+        new_M = torch.cat(plan.inserted) if plan.inserted else plan.rows_U[:0]
+        num_new = len(new_M) + sum(int(new.sum()) for _, new in shared_new)
+        self.reserve(num_new, sum(len(ids_N) for _, ids_N in (*plan.victims, *plan.expired)))
+        plan.applied = True
+        for table, ids_N in plan.expired:
+            self.statistics[table].expired += self.remove(ids_N, table)
+        for table, ids_N in plan.victims:
+            self.statistics[table].evicted += self.remove(ids_N, table)
+        self._count_admissions(plan)
+        if len(new_M):
+            plan.rows_U = plan.rows_U.clone()
+            plan.rows_U[new_M] = self.add(plan.ids_U[new_M], plan.tables_U[new_M])
+        present_U = plan.rows_U >= 0
+        self.storage.touch(plan.rows_U[present_U], plan.counts_U[present_U], step=plan.step, time=plan.time)
+        for shared, new in shared_new:
+            if bool(new.any()):
+                shared.rows[new] = self.add(shared.buckets[new], shared.tables[new])
+            self.storage.touch(shared.rows, shared.counts, step=plan.step, time=plan.time)
+        for table, statistics in enumerate(self.statistics):
+            offsets_T1 = plan.offsets_T1
+            statistics.looked_up += offsets_T1[table + 1] - offsets_T1[table]
+            statistics.found += plan.found_T[table]
+            statistics.collided += plan.collided_T[table]
+        self._count_missing(plan)
+        if plan.step % _SWEEP_EVERY == 0 and plan.step > self._swept:
+            self._swept = plan.step
+            self._sweep(plan.step, plan.time)
+
+    def _count_admissions(self, plan: LookupPlan) -> None:
+        """Tells counters which keys wait, and which do so no longer."""
+        for table, waiting_N in plan.waiting:
+            counter = self.counters[table]
+            assert counter is not None
+            counter.add(plan.ids_U[waiting_N], plan.counts_U[waiting_N])
+            self.statistics[table].rejected += len(waiting_N)
+        for table, failed_N in plan.failed:
+            if (counter := self.counters[table]) is not None:  # it goes on waiting
+                counter.add(plan.ids_U[failed_N], plan.counts_U[failed_N])
+            self.statistics[table].failed += len(failed_N)
+        for table, new_N in enumerate(plan.inserted):
+            self.statistics[table].inserted += len(new_N)
+            if (counter := self.counters[table]) is not None:
+                counter.forget(plan.ids_U[new_N])
+
+    def _count_missing(self, plan: LookupPlan) -> None:
+        for table, at_N in plan.missing:
+            self.statistics[table].missing += len(at_N)
 
     def _sweep(self, step: int, time: int) -> None:
         """Frees the rows of expired keys that nobody has looked up since."""
@@ -175,125 +205,12 @@ class DynamicTable(KeyedRows):
             expired_N = is_expired(config.policy, self.storage.read_metadata(rows_N), step, time)
             self.statistics[table].expired += self.remove(ids_N[expired_N], table)
 
-    # ---- insertion ---------------------------------------------------------------------------------------------
-
-    def _insert(
-        self,
-        ids_U: Tensor,
-        tables_U: Tensor,
-        offsets_T1: Sequence[int],
-        counts_U: Tensor,
-        rows_U: Tensor,
-        step: int,
-        time: int,
-    ) -> Tensor:
-        """Gives rows to the absent keys that are admitted and have room; first all that can fail, then the changes."""
-        inserted, victims, failed, waiting, num_shared = [], [], [], [], 0
-        for table in range(len(self.configs)):
-            start, stop = offsets_T1[table], offsets_T1[table + 1]
-            new_N = absent_N = (rows_U[start:stop] < 0).nonzero()[:, 0] + start
-            counter = self._counters[table]
-            if counter is not None and len(new_N):
-                least = self.configs[table].policy.admission.min_count - 1
-                admitted_N = counter.counts(ids_U[new_N]) >= least
-                waiting.append((table, new_N[~admitted_N]))
-                new_N = new_N[admitted_N]
-            if (budget := self._row_budgets[table]) is not None and len(new_N):
-                hits = rows_U[start:stop]
-                kept_N, gone_N = budget.make_room(ids_U[new_N], counts_U[new_N], hits[hits >= 0], step, time)
-                victims.append((table, gone_N))
-                failed.append((table, new_N[~kept_N]))
-                new_N = new_N[kept_N]
-            if len(new_N) < len(absent_N) and self.configs[table].policy.on_missing == "error":
-                raise self._no_row(table, ids_U[absent_N[~torch.isin(absent_N, new_N)]])
-            if table in self.bucket_table:
-                shared = self.configs[table].policy.buckets_per_group << self.group_bits[table]
-                num_shared += min(len(absent_N) - len(new_N), shared)
-            inserted.append(new_N)
-        new_M = torch.cat(inserted)
-        self.reserve(len(new_M) + num_shared, sum(len(gone_N) for _, gone_N in victims))
-
-        for table, gone_N in victims:
-            self.statistics[table].evicted += self.remove(gone_N, table)
-        for table, waiting_N in waiting:
-            counter = self._counters[table]
-            assert counter is not None
-            counter.add(ids_U[waiting_N], counts_U[waiting_N])
-            self.statistics[table].rejected += len(waiting_N)
-        for table, failed_N in failed:
-            counter = self._counters[table]
-            if counter is not None:  # it goes on waiting
-                counter.add(ids_U[failed_N], counts_U[failed_N])
-            self.statistics[table].failed += len(failed_N)
-        rows_U = rows_U.clone()
-        rows_U[new_M] = self.add(ids_U[new_M], tables_U[new_M])
-        for table, new_N in enumerate(inserted):
-            self.statistics[table].inserted += len(new_N)
-            counter = self._counters[table]
-            if counter is not None:
-                counter.forget(ids_U[new_N])
-        return rows_U
-
-    # ---- keys without a row ------------------------------------------------------------------------------------
-
-    def _fill_missing(
-        self,
-        ids_U: Tensor,
-        offsets_T1: Sequence[int],
-        counts_U: Tensor,
-        rows_U: Tensor,
-        values_UD: Tensor,
-        step: int,
-        time: int,
-        training: bool,
-    ) -> Tensor:
-        """Writes what keys without a row get into `values_UD`; returns rows with those of shared ones."""
-        rows_U = rows_U.clone()
-        for table, config in enumerate(self.configs):
-            start, stop = offsets_T1[table], offsets_T1[table + 1]
-            at_N = (rows_U[start:stop] < 0).nonzero()[:, 0] + start
-            if not len(at_N):
-                continue
-            self.statistics[table].missing += len(at_N)
-            policy = config.policy
-            if policy.on_missing == "error":
-                raise self._no_row(table, ids_U[at_N])
-            if policy.on_missing == "default_row":
-                values_UD[at_N] = policy.default_value
-            elif policy.on_missing == "initial":
-                values_UD[at_N] = first_values(config.first_values, self.seed, config.name, ids_U[at_N], self.dim)
-            else:
-                rows_U[at_N], values_UD[at_N] = self._shared_rows(
-                    table, ids_U[at_N], counts_U[at_N], step=step, time=time, training=training
-                )
-        return rows_U
-
-    def _no_row(self, table: int, ids_N: Tensor) -> KeyError:
+    def no_row(self, table: int, ids_N: Tensor) -> KeyError:
+        """The error of a key without a row where `on_missing` is `error`."""
         return KeyError(
             f"table {self.names[table]}: id {int(ids_N[0])} has no row (not admitted, no room, or never trained); "
             "choose another on_missing, or raise the budget"
         )
-
-    def _shared_rows(
-        self, table: int, ids_N: Tensor, counts_N: Tensor, *, step: int, time: int, training: bool
-    ) -> tuple[Tensor, Tensor]:
-        per_group, bucket_table = self.configs[table].policy.buckets_per_group, self.bucket_table[table]
-        hash_N = key_hash(ids_N, self.salts[table])
-        buckets_N = top_bits(hash_N, self.group_bits[table]) * per_group + (hash_N & 0x7FFFFFFF) % per_group
-        buckets, inverse_N = buckets_N.unique(return_inverse=True)
-        tables = torch.full_like(buckets, bucket_table)
-        rows = self.index.find(*self.index_keys(buckets, tables))
-        if training:
-            new = rows < 0
-            if bool(new.any()):
-                rows[new] = self.add(buckets[new], tables[new])
-            counts = counts_N.new_zeros(len(buckets)).index_add_(0, inverse_N, counts_N)
-            self.storage.touch(rows, counts, step=step, time=time)
-        values = self.storage.read(rows)
-        absent = rows < 0
-        if bool(absent.any()):
-            values[absent] = self.first_values(buckets[absent], tables[absent])
-        return rows[inverse_N], values[inverse_N]
 
     # ---- the optimiser -----------------------------------------------------------------------------------------
 
@@ -303,18 +220,16 @@ class DynamicTable(KeyedRows):
         update_rows(self.storage, rows_U, grads_UD, self.optimizer, lr=lr, step=step, seeds_N=seeds_U)
 
     @torch.no_grad()
-    def commit_step(self, step: int, time: int) -> None:
-        """Ends a step: what waited for admission counts, and from time to time expired rows are freed."""
-        for counter in self._counters:
+    def commit_step(self, step: int) -> None:
+        """Ends a step: what waited for admission counts."""
+        for counter in self.counters:
             if counter is not None:
                 counter.commit(step)
-        if (step + 1) % _SWEEP_EVERY == 0:
-            self._sweep(step + 1, time)
 
     @torch.no_grad()
     def trim(self, table: int, *, step: int, time: int) -> int:
         """Evicts what exceeds a budget that was lowered; returns how many rows went."""
-        budget = self._row_budgets[table]
+        budget = self.row_budgets[table]
         if budget is None or not bool((over_G := budget.excess()).any()):
             return 0
         none = torch.zeros(0, dtype=torch.int64, device=self.device)
@@ -328,7 +243,7 @@ class DynamicTable(KeyedRows):
     def delete(self, ids_N: Tensor, table: int) -> int:
         """Drops keys and what is kept of them; returns how many there were."""
         ids_N = ids_N.unique()
-        counter = self._counters[table]
+        counter = self.counters[table]
         if counter is not None:
             counter.forget(ids_N)
         return self.remove(ids_N, table)
@@ -344,7 +259,7 @@ class DynamicTable(KeyedRows):
         rows_N[expired_N] = -1
         new_N = (rows_N < 0).nonzero()[:, 0]
         gone_ids, refused = ids_N[:0], 0
-        if (budget := self._row_budgets[table]) is not None and len(new_N):
+        if (budget := self.row_budgets[table]) is not None and len(new_N):
             one_N = torch.ones_like(new_N)
             kept_N, gone_ids = budget.make_room(ids_N[new_N], one_N, rows_N[rows_N >= 0], step, time)
             refused, new_N = int((~kept_N).sum()), new_N[kept_N]
@@ -354,7 +269,7 @@ class DynamicTable(KeyedRows):
         self.statistics[table].inserted += len(new_N)
         self.statistics[table].failed += refused
         kept_N = rows_N >= 0
-        if (counter := self._counters[table]) is not None:
+        if (counter := self.counters[table]) is not None:
             counter.forget(ids_N[kept_N])
         self.storage.write(rows_N[kept_N], values_ND[kept_N].to(self.device, torch.float32))
         self.storage.touch(rows_N[kept_N], torch.zeros_like(rows_N[kept_N]), step=step, time=time)
@@ -385,22 +300,17 @@ class DynamicTable(KeyedRows):
             zeros_N = torch.zeros_like(rows_N)
             self.storage.write_state(rows_N, torch.zeros(len(rows_N), self.storage.state_width, device=self.device))
             self.storage.write_metadata(rows_N, counts=zeros_N, last_steps=zeros_N, last_times=zeros_N)
-        self._counters = [self._counter(table) for table in range(len(self.configs))]
+        self.counters = [self._counter(table) for table in range(len(self.configs))]
 
     def counter_state(self, table: int) -> tuple[dict[str, Tensor], list[int]] | None:
         """What waits for admission, and where each virtual shard's rows begin; None without a counter."""
-        counter = self._counters[table]
+        counter = self.counters[table]
         return None if counter is None else counter.state(self.shard_bits)
 
     def load_counter_state(self, table: int, state: dict[str, Tensor]) -> None:
         """Adds what waits for admission in some virtual shards."""
-        if (counter := self._counters[table]) is not None:
+        if (counter := self.counters[table]) is not None:
             counter.load(state)
-
-
-def _tables_of(offsets_T1: Sequence[int], device: torch.device) -> Tensor:
-    """Table of each key, where `offsets_T1` say where each table's begin."""
-    return torch.repeat_interleave(torch.tensor(offsets_T1).diff()).to(device)
 
 
 def _last_of_each(ids_N: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:

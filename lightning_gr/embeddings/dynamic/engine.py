@@ -404,7 +404,7 @@ class DynamicEngine:
         """Ends a step without an update of rows, or after it; pending gradients are dropped."""
         for p, table in enumerate(self.tables):
             self._pending[p].clear()
-            table.commit_step(self.next_step, self.time)
+            table.commit_step(self.next_step)
         self.next_step += 1
 
     def drop_gradients(self) -> None:

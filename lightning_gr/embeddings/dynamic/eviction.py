@@ -58,7 +58,13 @@ class RowBudget:
         return (self._rows.group_rows[self._table] - self._share_G).clamp(min=0)
 
     def make_room(
-        self, ids_N: Tensor, counts_N: Tensor, hit_rows: Tensor, step: int, time: int
+        self,
+        ids_N: Tensor,
+        counts_N: Tensor,
+        hit_rows: Tensor,
+        step: int,
+        time: int,
+        leaving: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Which new keys fit into the budget, and the ids of those that go for them; changes nothing.
 
@@ -68,11 +74,15 @@ class RowBudget:
             hit_rows: rows that this lookup uses.
             step: of the lookup.
             time: of the lookup.
+            leaving: ids and rows that go before; distinct.
 
         Returns:
             ``(kept_N, gone_ids)``.
         """
         budget_G, have_G = self._share_G, self._rows.group_rows[self._table]
+        if leaving is not None:
+            left_G = torch.bincount(self._rows.groups(self._table, leaving[0]).cpu(), minlength=len(have_G))
+            have_G, hit_rows = have_G - left_G, torch.cat([hit_rows, leaving[1]])
         groups_N = self._rows.groups(self._table, ids_N)
         need_G = torch.bincount(groups_N.cpu(), minlength=len(have_G))
         over_G = have_G + need_G > budget_G

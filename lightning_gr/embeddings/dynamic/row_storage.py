@@ -213,6 +213,10 @@ class RowStorage:
                 )
             array.scatter(own_N, rounded_ND)
 
+    def rounded(self, values_ND: Tensor) -> Tensor:
+        """Values as they are read back once they are written to new rows, float32."""
+        return values_ND if self._values.dtype == torch.float32 else values_ND.to(self._values.dtype).float()
+
     def read_state(self, rows_N: Tensor) -> Tensor:
         """Optimiser state, float32 (N, S)."""
         return self._state.gather(rows_N)

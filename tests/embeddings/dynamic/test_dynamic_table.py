@@ -6,6 +6,7 @@ import functools
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
+from copy import deepcopy
 from dataclasses import astuple, dataclass, field
 from typing import Any
 
@@ -80,6 +81,7 @@ class Simulated:
     waiting: dict[int, tuple[int, int]] = field(default_factory=dict)
     occurred: Counter[int] = field(default_factory=Counter)
     statistics: TableStatistics = field(default_factory=TableStatistics)
+    swept: int = -1
 
     def __post_init__(self) -> None:
         budget, bits = self.policy.max_rows, int(math.log2(SHARDS))
@@ -212,18 +214,22 @@ class Simulated:
         if row is not None:
             row.values = [float(np.float32(x) - np.float32(amount)) for x in row.values]
 
-    def commit(self, step: int, time: int) -> None:
+    def sweep(self, step: int, time: int) -> None:
+        """What the first lookup of every 64th step does at its end."""
+        if step % 64 == 0 and step > self.swept:
+            self.swept = step
+            dead = [x for x, row in self.rows.items() if self.expired(row, step, time)]
+            for id_ in dead:
+                self.remove(id_)
+            self.statistics.expired += len(dead)
+
+    def commit(self, step: int) -> None:
         for id_, n in self.occurred.items():
             self.waiting[id_] = (self.waiting.get(id_, (0, 0))[0] + n, step)
         self.occurred.clear()
         forget = self.policy.admission.forget_after_steps
         if forget is not None and step % 64 == 0:
             self.waiting = {x: w for x, w in self.waiting.items() if w[1] >= step - forget}
-        if (step + 1) % 64 == 0:
-            dead = [x for x, row in self.rows.items() if self.expired(row, step + 1, time)]
-            for id_ in dead:
-                self.remove(id_)
-            self.statistics.expired += len(dead)
 
     def delete(self, ids: Iterable[int]) -> int:
         present = {x for x in ids if x in self.rows}
@@ -279,6 +285,7 @@ class Pair:
         numbers = [list(c.values()) if distinct else [1] * len(x) for c, x in zip(counts, ids, strict=True)]
         flat = torch.tensor(sum(keys, []), dtype=torch.int64)
         offsets = np.cumsum([0, *map(len, keys)]).tolist()
+        before = deepcopy(self.simulated)
         own = list(zip(self.simulated, counts, strict=True))
         expected: list[dict[int, list[float]]] = []
         allowed = [simulated.change(c, self.step, self.time) for simulated, c in own] if training else []
@@ -296,8 +303,12 @@ class Pair:
             found = self.table.lookup(flat, offsets, torch.tensor(sum(numbers, []), dtype=torch.int64), **arguments)
         except KeyError:
             assert refused
+            self.simulated = before
             return
         assert not refused
+        if training:
+            for simulated in self.simulated:
+                simulated.sweep(self.step, self.time)
         assert found.values_UD.tolist() == [e[x] for e, k in zip(expected, keys, strict=True) for x in k]
         if training and amount:
             rows = found.rows_U.unique()
@@ -309,9 +320,9 @@ class Pair:
 
     def commit(self, steps: int = 1) -> None:
         for _ in range(steps):
-            self.table.commit_step(self.step, self.time)
+            self.table.commit_step(self.step)
             for simulated in self.simulated:
-                simulated.commit(self.step, self.time)
+                simulated.commit(self.step)
             self.step += 1
 
     def compare(self) -> None:
@@ -532,7 +543,7 @@ def test_ten_million_ids_never_exceed_a_budget() -> None:
     for step in range(100):
         ids_U, inserted = torch.arange(100_000) * 0x9E3779B97F4A7C1 + step * 0x1F123BB5, table.statistics[0].inserted
         found = table.lookup(ids_U, [0, 100_000, 100_000], torch.ones_like(ids_U), step=step, time=0, training=True)
-        table.commit_step(step, 0)
+        table.commit_step(step)
         assert table.num_rows(0) <= 20_000
         assert table.num_rows(0) > 18_000
         assert int((found.rows_U >= 0).sum()) == table.statistics[0].inserted - inserted
@@ -567,7 +578,7 @@ def test_growth_changes_no_number(monkeypatch: pytest.MonkeyPatch) -> None:
             found = table.lookup(ids, [0, 30, 60], torch.ones_like(ids), step=step, time=step, training=True)
             has = found.rows_U >= 0
             table.update(found.rows_U[has], found.values_UD[has] + 1, lr=0.5, step=step)
-            table.commit_step(step, step)
+            table.commit_step(step)
         return [[x.tolist() for x in (rows.ids_N, rows.values_ND, *rows.metadata[:3])] for rows, _ in
                 (table.rows_of(0), table.rows_of(1))]  # fmt: skip
 
