@@ -13,6 +13,7 @@ from lightning_gr.cli.errors import Parser, UserError
 
 if TYPE_CHECKING:
     from lightning_gr.cli.plan_balance import Deal, Lengths
+    from lightning_gr.cli.plan_groups import GroupAdvice, Network
     from lightning_gr.cli.plan_memory import Exchange, Footprint, Memory
     from lightning_gr.cli.plan_recipe import Recipe
 
@@ -30,15 +31,21 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"--plot {args.plot}: no such format; give a file that ends in {', '.join(FORMATS)}")
     if args.plot is not None and not args.plot.absolute().parent.is_dir():
         raise UserError(f"--plot {args.plot}: no such folder; make it first")
+    from lightning_gr.cli.plan_groups import Network, parse_link
     from lightning_gr.cli.plan_memory import parse_bytes
     from lightning_gr.cli.plan_recipe import build
 
     limit = None if args.memory is None else parse_bytes(args.memory)
     ranks = None if args.ranks is None else parse_ranks(args.ranks)
+    network = Network(
+        args.ranks_per_node, parse_link("--inside", args.inside), parse_link("--between", args.between)
+    )
+    if network.ranks_per_node < 1:
+        raise UserError(f"--ranks_per_node {network.ranks_per_node}: expected at least 1")
     recipe = build(settings)
     if args.calibrate:
         return _calibrate(recipe, as_json=args.json)
-    figures = Figures.of(recipe, ranks, strong=args.scaling == "strong", limit=limit)
+    figures = Figures.of(recipe, ranks, strong=args.scaling == "strong", network=network, limit=limit)
     from lightning_gr.cli import plan_show
 
     if args.plot is not None:
@@ -72,6 +79,16 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SIZE",
         help="of a rank's device, 80GiB say: exits with 2 if the recipe's ranks, or the only one of --ranks, need more",
     )
+    parser.add_argument(
+        "--ranks_per_node", type=int, default=8, metavar="N", help="ranks of a machine, for table groups; default 8"
+    )
+    for option, where, default in (("--inside", "inside a machine", "300,5"), ("--between", "between them", "25,10")):
+        parser.add_argument(
+            option,
+            default=default,
+            metavar="GB/s,us",
+            help=f"what a rank sends in a second {where}, and microseconds a message; default {default}",
+        )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw lengths and imbalance to this PNG, PDF or SVG")
     parser.add_argument(
         "--calibrate", action="store_true", help="measure the cost of sequences on this machine instead"
@@ -123,15 +140,26 @@ class Figures:
     dense_parameters: int
     even_tokens: int
     strong: bool
+    groups: GroupAdvice
+    network: Network
 
     @classmethod
-    def of(cls, recipe: Recipe, ranks: tuple[int, ...] | None, *, strong: bool, limit: int | None = None) -> Figures:
+    def of(
+        cls,
+        recipe: Recipe,
+        ranks: tuple[int, ...] | None,
+        *,
+        strong: bool,
+        network: Network,
+        limit: int | None = None,
+    ) -> Figures:
         """Computes them.
 
         Args:
             recipe: the run.
             ranks: numbers of ranks; None takes the recipe's and `DEFAULT_RANKS`.
             strong: whether the global budget stays; else a rank's share of it does.
+            network: by which table groups are weighed, for the recipe's ranks, or the most that were asked for.
             limit: bytes of a rank's memory.
 
         Raises:

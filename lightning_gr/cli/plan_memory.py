@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from lightning_gr.batch import SequenceBatch
 
-_ID_BYTES = 16
+ID_BYTES = 16
 """A distinct id on its way: the id, and its table, place or count."""
 _MOST_SCORE_BYTES = 4 << 26
 """Scores of candidates are kept up to about this size, and made in chunks beyond it."""
@@ -298,7 +298,7 @@ def exchange(
     others = (ranks - 1) / ranks
     rows = sum(2 * n * x.dim * x.exchange_bytes for n, x in zip(distinct, tables, strict=True))
     return Exchange(
-        ids=micro_steps * others * _ID_BYTES * sum(distinct),
+        ids=micro_steps * others * ID_BYTES * sum(distinct),
         rows=micro_steps * others * rows,
         queries=0.0 if scores is None else micro_steps * scores.exchanged_bytes(tokens, ranks),
         dense=2 * others * 4 * dense_parameters,

@@ -30,6 +30,7 @@ class Recipe:
         balancing: settings of the strategy, or its defaults.
         sparse_optimizer: of tables without their own.
         sharding: how static tables are cut.
+        table_groups: groups of ranks that hold a full set of dynamic tables each.
         other_strategy: the strategy's name where it is none of ours.
         cardinalities: by table, how many ids the data has.
         keep: what must stay alive.
@@ -45,6 +46,7 @@ class Recipe:
     balancing: Balancing
     sparse_optimizer: str
     sharding: str
+    table_groups: int
     other_strategy: str | None
     cardinalities: dict[str, int]
     keep: Any
@@ -157,6 +159,7 @@ def build(settings: Sequence[str]) -> Recipe:
         balancing=getattr(strategy, "balancing", None) or Balancing(),
         sparse_optimizer=getattr(strategy, "sparse_optimizer", "rowwise_adagrad"),
         sharding=getattr(strategy, "sharding", "row_wise"),
+        table_groups=getattr(strategy, "table_groups", 1),
         other_strategy=None if ours else str(getattr(built.asked["strategy"], "class_path", built.asked["strategy"])),
         cardinalities={} if recorded is None else recorded.cardinalities,
         keep=built,

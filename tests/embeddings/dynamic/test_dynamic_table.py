@@ -29,7 +29,7 @@ from lightning_gr.embeddings.dynamic import (
     key_index,
     keyed_rows,
 )
-from lightning_gr.embeddings.dynamic.dynamic_table import DynamicTable
+from lightning_gr.embeddings.dynamic.dynamic_table import DynamicTable, Lookup
 from lightning_gr.embeddings.dynamic.first_values import first_values
 from lightning_gr.embeddings.dynamic.table_statistics import TableStatistics
 
@@ -279,12 +279,19 @@ class Pair:
         self.simulated = [Simulated(name, policy, dim) for name, policy in zip(NAMES, policies, strict=False)]
         self.step = self.time = 0
 
-    def lookup(self, ids: Sequence[list[int]], *, training: bool, distinct: bool, amount: float = 0.0) -> None:
+    def lookup(
+        self, ids: Sequence[list[int]], *, training: bool, distinct: bool, amount: float = 0.0, ahead: bool = False
+    ) -> None:
+        """Looks up in both; `ahead` plans and reads while the step is under way, and carries that out in the next."""
         counts = [Counter(x) for x in ids]
         keys = [list(c) for c in counts] if distinct else ids
         numbers = [list(c.values()) if distinct else [1] * len(x) for c, x in zip(counts, ids, strict=True)]
         flat = torch.tensor(sum(keys, []), dtype=torch.int64)
         offsets = np.cumsum([0, *map(len, keys)]).tolist()
+        find: Any = functools.partial(self.table.lookup, flat, offsets)
+        if ahead:
+            find = functools.partial(self.finish, self.plan_ahead(flat, offsets, sum(numbers, []), distinct))
+            self.commit()
         before = deepcopy(self.simulated)
         own = list(zip(self.simulated, counts, strict=True))
         expected: list[dict[int, list[float]]] = []
@@ -300,7 +307,7 @@ class Pair:
                 refused = True
         arguments: dict[str, Any] = {"step": self.step, "time": self.time, "training": training, "distinct": distinct}
         try:
-            found = self.table.lookup(flat, offsets, torch.tensor(sum(numbers, []), dtype=torch.int64), **arguments)
+            found = find(torch.tensor(sum(numbers, []), dtype=torch.int64), **arguments)
         except KeyError:
             assert refused
             self.simulated = before
@@ -317,6 +324,28 @@ class Pair:
             for simulated, c in own:
                 for id_ in {x if x in simulated.rows else ("bucket", simulated.bucket(x)): x for x in c}.values():
                     simulated.descend(id_, amount)
+
+    def plan_ahead(self, ids_N: Tensor, offsets: list[int], counts: list[int], distinct: bool) -> Any:
+        try:
+            plan = self.table.plan(
+                ids_N,
+                offsets,
+                torch.tensor(counts, dtype=torch.int64),
+                step=self.step + 1,
+                time=self.time,
+                training=True,
+                distinct=distinct,
+                ahead=True,
+            )
+        except KeyError as error:
+            return error
+        return plan, self.table.values(plan)
+
+    def finish(self, planned: Any, *_: Any, **__: Any) -> Lookup:
+        if isinstance(planned, KeyError):
+            raise planned
+        self.table.apply(planned[0])
+        return Lookup(planned[0].rows_N, planned[1])
 
     def commit(self, steps: int = 1) -> None:
         for _ in range(steps):
@@ -401,6 +430,12 @@ class TableMachine(RuleBasedStateMachine):
             self.pair.lookup([list(set(a)), list(set(b))], training=True, distinct=False, amount=amount)
         else:
             self.pair.lookup([a, b], training=True, distinct=True, amount=amount)
+        self.idle = False
+
+    @rule(a=ID_LISTS, b=ID_LISTS, distinct=st.booleans(), amount=st.sampled_from([0.0, 1.0]))
+    def train_ahead(self, a: list[int], b: list[int], distinct: bool, amount: float) -> None:
+        ids = [a, b] if distinct else [list(set(a)), list(set(b))]
+        self.pair.lookup(ids, training=True, distinct=distinct, amount=amount, ahead=True)
         self.idle = False
 
     @rule(a=ID_LISTS, b=ID_LISTS, distinct=st.booleans())
