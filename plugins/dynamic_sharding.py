@@ -27,7 +27,8 @@ from lightning_gr.embeddings.dynamic.collection import (
     jagged_output,
     pooled_output,
 )
-from lightning_gr.embeddings.dynamic.engine import DynamicEngine, DynamicLookup
+from lightning_gr.embeddings.dynamic.dynamic_lookup import DynamicLookup
+from lightning_gr.embeddings.dynamic.engine import DynamicEngine
 from lightning_gr.plugins.process_groups import group_named
 
 if TYPE_CHECKING:

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from lightning_gr._compat import collection_on_group
+from lightning_gr.embeddings.dynamic.peers import Peers
 from lightning_gr.plugins.dynamic_sharding import ShardedDynamicCollection
 from lightning_gr.plugins.started_lookups import StartedLookups
 
@@ -124,7 +125,7 @@ class LookupPrefetch:
         collection = self._collections[path]
         if isinstance(collection, ShardedDynamicCollection):
             engine = collection.engine
-            lookup = engine.prefetch(features, time=time, key_group=self._group)
+            lookup = engine.prefetch(features, time=time, key_peers=Peers(own=self._group) if engine.group else None)
             started.undo.append(lambda: engine.drop(lookup))
 
             def send_keys() -> Callable[[], None]:

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
 DEFAULT_RANKS = tuple(1 << i for i in range(11))
 FORMATS = (".png", ".pdf", ".svg")
-_MOST_TOKENS_COLLATED = 1 << 16
 
 
 def main(argv: Sequence[str]) -> int:
@@ -37,9 +36,7 @@ def main(argv: Sequence[str]) -> int:
 
     limit = None if args.memory is None else parse_bytes(args.memory)
     ranks = None if args.ranks is None else parse_ranks(args.ranks)
-    network = Network(
-        args.ranks_per_node, parse_link("--inside", args.inside), parse_link("--between", args.between)
-    )
+    network = Network(args.ranks_per_node, parse_link("--inside", args.inside), parse_link("--between", args.between))
     if network.ranks_per_node < 1:
         raise UserError(f"--ranks_per_node {network.ranks_per_node}: expected at least 1")
     recipe = build(settings)
@@ -168,6 +165,7 @@ class Figures:
         from lightning_gr.balancing.cost import TOKENS, cost_of
         from lightning_gr.cli import plan_memory, plan_network
         from lightning_gr.cli.plan_balance import Lengths, deal
+        from lightning_gr.cli.plan_groups import advise
 
         model, plan = recipe.model, recipe.plan
         lengths = Lengths.of(plan.index)
@@ -187,7 +185,7 @@ class Figures:
         batch_tokens = plan.num_tokens / plan.num_batches
         if measured:
             own = min(batch_tokens / recipe.ranks, recipe.balancing.tokens_per_rank or batch_tokens)
-            first = plan_network.first_samples(plan, min(int(own), _MOST_TOKENS_COLLATED))
+            first = plan_network.first_samples(plan, min(int(own), plan_network.MOST_TOKENS_COLLATED))
             samples = plan_network.collated(model, plan, first)
             scores = _scores(model, samples)
         memory = plan_memory.Memory(
@@ -200,7 +198,8 @@ class Figures:
         num_dense = sum(p.numel() for p in dense)
         rows = []
         shown = {*DEFAULT_RANKS, recipe.ranks} if ranks is None else {*ranks}
-        for n in sorted(shown if limit is None else {*shown, limited}):
+        shown = shown if limit is None else {*shown, limited}
+        for n in sorted(shown):
             steps, at_once = 1, recipe.balancing.tokens_per_rank
             if at_once is not None:
                 steps = plan.micro_steps(world_size=n if strong else recipe.ranks, tokens_per_rank=at_once)
@@ -233,7 +232,10 @@ class Figures:
             rows.append(Row(dealt, forward, exchanged, memory.on(n, dealt.most_tokens)))
             if limit is not None and n == limited:
                 memory.refuse(limit, ranks=n, tokens=dealt.most_tokens, longest=lengths.longest)
-        return cls(recipe, lengths, tuple(rows), memory, num_dense, lengths.even_tokens(recipe.cost), strong)
+            if n == (limited if limited in shown else max(shown)):
+                groups = advise(recipe, memory, samples, dealt=dealt, network=network, limit=limit)
+        even_tokens = lengths.even_tokens(recipe.cost)
+        return cls(recipe, lengths, tuple(rows), memory, num_dense, even_tokens, strong, groups, network)
 
 
 def _scores(model: Any, batch: Any) -> Any:

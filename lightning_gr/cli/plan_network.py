@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 Array = np.ndarray[Any, Any]
 CORPUS = "corpus"
+MOST_TOKENS_COLLATED = 1 << 16
+"""Of a batch of which ids are counted."""
 _TOKENS = 2048
 _CORPUS_ROWS = (61, 149)
 """Two sizes of a corpus that no width of a layer is likely to have, by which matrices of scores are known."""

@@ -40,6 +40,11 @@ def show(figures: Figures) -> None:
     console.print(_ranks(figures))
     for line in _of_ranks(figures):
         console.print(line)
+    console.print()
+    if figures.groups.choices:
+        console.print(_groups(figures))
+    for line in _of_groups(figures):
+        console.print(line)
 
 
 def _head(figures: Figures) -> list[str]:
@@ -206,6 +211,49 @@ def _of_ranks(figures: Figures) -> list[str]:
     return lines
 
 
+# ---- table groups ------------------------------------------------------------------------------------------------
+
+
+def _groups(figures: Figures) -> Table:
+    advice = figures.groups
+    table = Table(title=f"table groups: a step's exchange of one of {advice.ranks:,} ranks", title_justify="left")
+    for name in ("groups", "ranks\neach", "sent in\na group", "sent\nbetween", "ms in\na group", "ms\nbetween", "ms"):
+        table.add_column(name, justify="right")
+    table.add_column("tables", justify="right")
+    for choice in advice.choices:
+        table.add_row(
+            f"{choice.table_groups:,}{'*' * (choice.table_groups == figures.recipe.table_groups)}",
+            f"{advice.ranks // choice.table_groups:,}",
+            short(choice.group_bytes),
+            short(choice.replica_bytes),
+            *(f"{1e3 * x:.3g}" for x in (choice.group_seconds, choice.replica_seconds, choice.seconds)),
+            short(choice.table_bytes) + "!" * (not choice.fits),
+        )
+    return table
+
+
+def _of_groups(figures: Figures) -> list[str]:
+    advice, network, own = figures.groups, figures.network, figures.recipe.table_groups
+    if not advice.choices:
+        return [f"table_groups: {advice.table_groups}, since {advice.reason}"]
+    lines = []
+    if own > 1:
+        lines.append(f"* the recipe's: what is said above of exchange and tables is of 1 group, and not of {own}")
+    if not all(choice.fits for choice in advice.choices):
+        lines.append("! with all else that a rank holds, more than its memory")
+    inside, between = (
+        f"{link.bandwidth / 1e9:g} GB/s and {link.latency * 1e6:g} us" for link in (network.inside, network.between)
+    )
+    return [
+        *lines,
+        f"a rank's messages: {inside} each inside a machine of {network.ranks_per_node} ranks, {between} between",
+        "machines (--inside, --ranks_per_node, --between); nothing is taken to be hidden behind other work",
+        f"recommended: {advice.table_groups}, {advice.reason}",
+        "put this under trainer.strategy.init_args:",
+        f"table_groups: {advice.table_groups}",
+    ]
+
+
 # ---- calibration -------------------------------------------------------------------------------------------------
 
 
@@ -269,6 +317,12 @@ def as_dict(figures: Figures) -> dict[str, Any]:
             }
             for row in figures.rows
         ],
+        "table_groups": {
+            "ranks": figures.groups.ranks,
+            "recommended": figures.groups.table_groups,
+            "reason": figures.groups.reason,
+            "choices": [asdict(choice) | {"seconds": choice.seconds} for choice in figures.groups.choices],
+        },
     }
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_gr.embeddings.dynamic.engine import DynamicEngine, DynamicLookup
+from lightning_gr.embeddings.dynamic.dynamic_lookup import DynamicLookup
+from lightning_gr.embeddings.dynamic.engine import DynamicEngine
 from lightning_gr.embeddings.dynamic.gather_rows import gather_rows, segment_pool
 from lightning_gr.embeddings.dynamic.settings import DynamicTables
 from lightning_gr.embeddings.dynamic.table_config import DynamicTableConfig, check_configs

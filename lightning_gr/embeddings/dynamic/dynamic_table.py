@@ -105,7 +105,7 @@ class DynamicTable(KeyedRows):
         if training:
             self.apply(plan)
         else:
-            self._count_missing(plan)
+            self.count_missing(plan)
         return Lookup(plan.rows_N, self.values(plan))
 
     @torch.no_grad()
@@ -146,7 +146,8 @@ class DynamicTable(KeyedRows):
         Raises:
             MemoryError: no room to grow; the table is as it was.
         """
-        assert plan.training and not plan.applied
+        assert plan.training
+        assert not plan.applied
         shared_new = [(x, x.rows < 0) for x in plan.shared.values()]
         new_M = torch.cat(plan.inserted) if plan.inserted else plan.rows_U[:0]
         num_new = len(new_M) + sum(int(new.sum()) for _, new in shared_new)
@@ -171,7 +172,7 @@ class DynamicTable(KeyedRows):
             statistics.looked_up += offsets_T1[table + 1] - offsets_T1[table]
             statistics.found += plan.found_T[table]
             statistics.collided += plan.collided_T[table]
-        self._count_missing(plan)
+        self.count_missing(plan)
         if plan.step % _SWEEP_EVERY == 0 and plan.step > self._swept:
             self._swept = plan.step
             self._sweep(plan.step, plan.time)
@@ -192,7 +193,8 @@ class DynamicTable(KeyedRows):
             if (counter := self.counters[table]) is not None:
                 counter.forget(plan.ids_U[new_N])
 
-    def _count_missing(self, plan: LookupPlan) -> None:
+    def count_missing(self, plan: LookupPlan) -> None:
+        """Counts the keys of a plan that are answered without a row of their own."""
         for table, at_N in plan.missing:
             self.statistics[table].missing += len(at_N)
 

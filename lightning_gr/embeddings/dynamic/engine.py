@@ -8,16 +8,18 @@ Shape suffixes: N looked-up ids, U distinct keys, D width, T tables.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lightning_gr.embeddings.dynamic.dynamic_lookup import DynamicLookup, Jobs
 from lightning_gr.embeddings.dynamic.dynamic_table import DynamicTable
 from lightning_gr.embeddings.dynamic.exchange import (
     Dedup,
@@ -27,44 +29,12 @@ from lightning_gr.embeddings.dynamic.exchange import (
     Placement,
 )
 from lightning_gr.embeddings.dynamic.key_index import key_hash, top_bits
+from lightning_gr.embeddings.dynamic.peers import Peers, Traffic
 from lightning_gr.embeddings.dynamic.pending_gradients import PendingGradients
 from lightning_gr.embeddings.dynamic.sparse_optimizers import SparseOptimizerConfig
 from lightning_gr.embeddings.dynamic.table_config import DynamicTableConfig, check_configs
 
 _DEFAULT_LR = 0.05
-
-
-@dataclass(eq=False)
-class DynamicLookup:
-    """One forward of a collection.
-
-    Args:
-        features: what was looked up; `DynamicEngine.take` knows a prefetched lookup by it.
-        training: whether it may change tables and gets gradients.
-        exchange: the keys' and rows' travel.
-        sizes: by feature in the engine's order, how many ids.
-        rows: of each physical table, what was received; the leaves of autograd.
-        owned: of each physical table, rows at this process that the received keys stand for.
-        seeds: of each physical table, what the random numbers of stochastic rounding are drawn from.
-        ready: leaves that have their gradient.
-        sent: whether the gradients are on their way.
-        keeps_order: whether it was prefetched on the engine's own group.
-    """
-
-    features: Any
-    training: bool
-    exchange: LookupExchange
-    sizes: list[int]
-    rows: list[Tensor] = field(default_factory=list)
-    owned: list[Tensor] = field(default_factory=list)
-    seeds: list[Tensor] = field(default_factory=list)
-    ready: int = 0
-    sent: bool = False
-    keeps_order: bool = False
-
-    def record_stream(self, stream: Any) -> None:
-        """Tells the allocator of a GPU that this stream uses what another one made."""
-        self.exchange.record_stream(stream)
 
 
 class DynamicEngine:
@@ -81,13 +51,18 @@ class DynamicEngine:
         exchange_precision: of rows and gradients while they travel.
         fused_update: whether rows are updated as soon as backward has reached them all; `step` then has nothing left.
         device: of the tables.
-        group: a process group of its own; None for one process.
+        group: the processes over which the tables are cut; None for one process.
+        peers: groups of the engine's own for rows and gradients, with the replicas of hierarchical sparse parallelism
+            (TurboGR, arXiv 2605.13433, section 4.2.1); None takes `group`, without replicas.
 
     Attributes:
         lr_factor: multiplies the learning rate of every table: the schedule's share.
         next_step: number of the step that is under way.
         time: seconds of the data's clock.
         statistics: what lookups moved.
+        traffic: collectives and bytes by what they carry: `keys`, `rows`, `gradients` and `flags` inside the group,
+            `replica_keys` and `replica_gradients` between groups.
+        jobs: where exchanges and changes of tables run, one after the other; None means where they are asked for.
 
     Raises:
         ValueError: a setting that cannot work, by name.
@@ -107,6 +82,7 @@ class DynamicEngine:
         fused_update: bool = False,
         device: torch.device | str = "cpu",
         group: dist.ProcessGroup | None = None,
+        peers: Peers | None = None,
     ) -> None:
         check_configs(configs)
         if virtual_shards < 1 or virtual_shards & (virtual_shards - 1):
@@ -114,6 +90,9 @@ class DynamicEngine:
         self.group = group if group is not None and group.size() > 1 else None
         self.world_size = 1 if self.group is None else self.group.size()
         self.rank = 0 if self.group is None else self.group.rank()
+        self.peers = peers or Peers(own=self.group)
+        self.replicas, self.num_groups = self.peers.replicas, self.peers.num_groups
+        assert self.peers.size == self.world_size
         if virtual_shards < self.world_size:
             raise ValueError(f"virtual_shards={virtual_shards}: fewer than the {self.world_size} processes; raise it")
         self.device, self.seed, self.virtual_shards = torch.device(device), seed, virtual_shards
@@ -123,6 +102,11 @@ class DynamicEngine:
         self.next_step = 0
         self.time = self._observed = 0
         self.statistics = ExchangeStatistics()
+        kinds = ("keys", "rows", "gradients", "flags", "replica_keys", "replica_gradients")
+        self.traffic = {kind: Traffic() for kind in kinds}
+        self.jobs: Jobs | None = None
+        self._unfinished: list[DynamicLookup] = []
+        self._limit: float | None = None
         self._open: list[DynamicLookup] = []
         self._ahead: list[DynamicLookup] = []
         self._stepped = False
@@ -178,7 +162,7 @@ class DynamicEngine:
         *,
         training: bool,
         time: int | None = None,
-        key_group: dist.ProcessGroup | None = None,
+        key_peers: Peers | None = None,
     ) -> DynamicLookup:
         """Starts a lookup: distinct keys and the exchange of their numbers. Changes no table, so it may run ahead.
 
@@ -186,7 +170,7 @@ class DynamicEngine:
             features: a KeyedJaggedTensor with the features of the tables.
             training: whether the lookup may change tables.
             time: the clock of the data at this lookup; None means what was observed last.
-            key_group: by which keys travel; None takes the engine's group.
+            key_peers: by which keys travel; None takes the engine's peers.
 
         Raises:
             ValueError: a feature is missing.
@@ -201,14 +185,16 @@ class DynamicEngine:
         ids_N = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(torch.int64)
         exchange = LookupExchange(
             self.placement,
-            self.group,
+            self.peers,
             ids_N,
             offsets_T1,
+            training=training,
             time=self._observed if time is None else max(time, self._observed),
             counts_N=self._counts(parts),
-            key_group=key_group,
+            key_peers=key_peers,
             dedup=self.dedup,
             precision=self.exchange_precision,
+            traffic=self.traffic,
         )
         return DynamicLookup(features, training, exchange, [len(part) for part in parts])
 
@@ -224,34 +210,63 @@ class DynamicEngine:
 
         An error of a physical table leaves it as it was; tables before it have done their lookup.
         """
-        keys = lookup.exchange.received_keys()
-        time = max(self.time, lookup.exchange.time)
+        if not lookup.plans:
+            if lookup.training:
+                self.settle()
+            else:
+                self.join()
+            self.look_up(lookup)
         if lookup.training:
-            self.time = time
-        values, bounds = [], self.placement.bounds
+            # Here, not where the output is used: a rank may leave it unused, and must exchange gradients all the same.
+            self._open.append(lookup)
+
+    @torch.no_grad()
+    def look_up(self, lookup: DynamicLookup) -> None:
+        """Does a lookup whole: tables change if it is one of training, and rows are sent."""
+        self._plan(lookup, step=self.next_step, ahead=False)
+        if lookup.training:
+            self.carry_out(lookup)
+        values = [table.values(plan) for table, plan in zip(self.tables, lookup.plans, strict=True)]
+        lookup.send(values)
+
+    @torch.no_grad()
+    def _plan(self, lookup: DynamicLookup, *, step: int, ahead: bool) -> None:
+        keys, bounds = lookup.exchange.received_keys(), self.placement.bounds
+        plans = []
         for p, table in enumerate(self.tables):
             offsets = keys.offsets_T1[bounds[p] : bounds[p + 1] + 1]
             own = slice(offsets[0], offsets[-1])
-            found = table.lookup(
+            plan = table.plan(
                 keys.ids_U[own],
                 [x - offsets[0] for x in offsets],
                 keys.counts_U[own],
-                step=self.next_step,
-                time=time,
+                step=step,
+                time=max(self.time, lookup.exchange.time),
                 training=lookup.training,
                 distinct=lookup.exchange.distinct,
+                ahead=ahead,
             )
-            lookup.owned.append(found.rows_U)
-            values.append(found.values_UD)
-            if lookup.training and table.storage.precision != "fp32":
-                lookup.seeds.append(self._seeds(table, keys.ids_U[own], [x - offsets[0] for x in offsets]))
-            else:
-                lookup.seeds.append(found.rows_U)
-        lookup.exchange.send_rows(values)
-        if lookup.training:
-            lookup.exchange.statistics(self.statistics)
-            # Here, not where the output is used: a rank may leave it unused, and must exchange gradients all the same.
-            self._open.append(lookup)
+            if not lookup.training:
+                table.count_missing(plan)
+            plans.append(plan)
+        lookup.plans = plans
+
+    @torch.no_grad()
+    def carry_out(self, lookup: DynamicLookup) -> None:
+        """Does to the tables what was planned for a lookup of the present step."""
+        keys, bounds = lookup.exchange.received_keys(), self.placement.bounds
+        self.time = max(self.time, lookup.exchange.time)
+        for p, (table, plan) in enumerate(zip(self.tables, lookup.plans, strict=True)):
+            assert plan.step == self.next_step
+            table.apply(plan)
+            lookup.owned.append(plan.rows_N)
+            seeds = None
+            if table.storage.precision != "fp32":
+                offsets = keys.offsets_T1[bounds[p] : bounds[p + 1] + 1]
+                ids_U = keys.ids_U[offsets[0] : offsets[-1]]
+                seeds = self._seeds(table, ids_U, [x - offsets[0] for x in offsets])
+            lookup.seeds.append(seeds)
+        lookup.exchange.statistics(self.statistics)
 
     @staticmethod
     def _seeds(table: DynamicTable, ids_U: Tensor, offsets_T1: list[int]) -> Tensor:
@@ -264,28 +279,119 @@ class DynamicEngine:
         """The rows of each physical table that came back, as leaves whose gradients the engine collects."""
         if lookup.sent:
             raise RuntimeError("dynamic tables: an output was first used after the step; use it before backward")
-        lookup.rows = lookup.exchange.rows()
+        lookup.rows = lookup.arrived()
         if lookup.training:
             for rows in lookup.rows:
                 rows.requires_grad_()
                 rows.register_post_accumulate_grad_hook(lambda _, lookup=lookup: self._on_gradient(lookup))
         return lookup.rows
 
+    # ---- ahead of the step -------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def look_ahead(
+        self,
+        lookup: DynamicLookup,
+        present: Sequence[DynamicLookup],
+        *,
+        step_ends: bool,
+        exact: bool,
+        split_gradients: bool,
+    ) -> None:
+        """Reads and sends the rows of the next lookup; the tables stay as they are until it is carried out.
+
+        Args:
+            lookup: of the batch behind the present one.
+            present: lookups of the present batch, carried out, whose gradients are still to come.
+            step_ends: whether the present batch is the last of its step, so that rows are updated in between.
+            exact: whether rows that this update changes are left for `step_later` to send; others go now.
+            split_gradients: whether their gradients travel before the others.
+        """
+        self._plan(lookup, step=self.next_step + step_ends, ahead=step_ends)
+        values = [table.values(plan) for table, plan in zip(self.tables, lookup.plans, strict=True)]
+        if not (exact and step_ends):
+            lookup.send(values)
+            return
+        late: list[Tensor] = []
+        urgent: list[list[Tensor]] = [[] for _ in present]
+        for p, plan in enumerate(lookup.plans):
+            rows_U = plan.rows_N
+            in_flight = [self._pending[p].rows, *(x.owned[p] for x in present)]
+            late.append((rows_U >= 0) & torch.isin(rows_U, torch.cat(in_flight)))
+            for x, marks in zip(present, urgent, strict=True):
+                marks.append((x.owned[p] >= 0) & torch.isin(x.owned[p], rows_U))
+        if split_gradients:
+            for x, marks in zip(present, urgent, strict=True):
+                x.exchange.travel.mark_urgent(marks)
+        lookup.exchange.travel.mark_late(late)
+        lookup.late, lookup.values = late, values
+        lookup.send(values, late=False)
+
+    @torch.no_grad()
+    def _send_late(self, lookup: DynamicLookup, lr_factor: float, limit: float | None) -> None:
+        """Updates the rows that a lookup ahead waits for, and sends them."""
+        assert lookup.late is not None
+        for p, (table, plan, late_U) in enumerate(zip(self.tables, lookup.plans, lookup.late, strict=True)):
+            rows_U = plan.rows_N
+            self._update(p, self._pending[p].taken(rows_U[late_U]), lr_factor, limit)
+            lookup.values[p][late_U] = table.storage.read(rows_U[late_U])
+        lookup.send(lookup.values, late=True)
+        lookup.late, lookup.values = None, []
+
+    def step_later(self) -> None:
+        """As `step`, without waiting: rows are updated in `jobs`, those first that a lookup ahead waits for."""
+        assert self.jobs is not None
+        self.flush(wait=False)
+        lr_factor, limit = self.lr_factor, self._limit
+        self._limit = None
+        lookups, self._unfinished = self._unfinished, []
+        for waiting in self._ahead:
+            if waiting.waits_for_step:
+                waiting.waits_for_step = False
+                waiting.jobs.append(self.jobs.submit(functools.partial(self._send_late, waiting, lr_factor, limit)))
+        self.jobs.submit(functools.partial(self._finish_step, lookups, lr_factor, limit))
+
+    @torch.no_grad()
+    def _finish_step(self, lookups: Sequence[DynamicLookup], lr_factor: float, limit: float | None) -> None:
+        for lookup in lookups:
+            if lookup.exchange.travel.is_split:
+                lookup.exchange.travel.send_gradients(lookup.gradients, urgent=False)
+                self._add_gradients(lookup, urgent=False)
+            lookup.gradients = []
+        for p in range(len(self.tables)):
+            self._update(p, self._pending[p].merged(), lr_factor, limit)
+        self.end_step()
+
+    def join(self) -> None:
+        """Waits until no job is under way."""
+        if self.jobs is not None:
+            self.jobs.join()
+
+    def settle(self) -> None:
+        """As `join`; and rows that were sent ahead are forgotten, since what follows may change the tables."""
+        self.join()
+        for lookup in self._ahead:
+            lookup.forget()
+
+    @property
+    def collisions(self) -> tuple[int, int]:
+        """Of the lookups of the present batch: keys that the step before had looked up too, and all; of this process."""
+        plans = [plan for lookup in self._open for plan in lookup.plans]
+        return sum(sum(plan.collided_T) for plan in plans), sum(plan.offsets_T1[-1] for plan in plans)
+
     # ---- prefetch ----------------------------------------------------------------------------------------------
 
-    def prefetch(
-        self, features: Any, *, time: int | None = None, key_group: dist.ProcessGroup | None = None
-    ) -> DynamicLookup:
+    def prefetch(self, features: Any, *, time: int | None = None, key_peers: Peers | None = None) -> DynamicLookup:
         """Starts the lookup of a later training batch, which a forward with the same object takes up.
 
         Args:
             features: of the later batch.
             time: the clock of the data at that batch; None means what was observed last.
-            key_group: processes of the engine's group in a group that nothing else uses at the same time; with it, this
-                may be called in another thread. None takes the engine's group, and forwards must keep the order.
+            key_peers: the engine's peers in groups that nothing else uses at the same time; with them, this may be
+                called in another thread. None takes the engine's own, and forwards must keep the order.
         """
-        lookup = self.begin(features, training=True, time=time, key_group=key_group)
-        lookup.keeps_order = key_group is None
+        lookup = self.begin(features, training=True, time=time, key_peers=key_peers)
+        lookup.keeps_order = key_peers is None
         self._ahead.append(lookup)
         return lookup
 
@@ -324,8 +430,7 @@ class DynamicEngine:
         lookup.ready += 1
         # Autograd's order differs from rank to rank; that of forwards does not.
         if all(x.ready == len(self.tables) for x in self._open):
-            for x in self._open:
-                self._send_gradients(x)
+            self._send_gradients()
             if self.fused_update:
                 self._stepped = False
                 self.step()
@@ -336,27 +441,53 @@ class DynamicEngine:
         stepped, self._stepped = self._stepped, False
         return stepped
 
-    def _send_gradients(self, lookup: DynamicLookup) -> None:
-        if lookup.sent:
-            return
-        lookup.sent = True
-        # An output that nobody used has rows on their way.
-        lookup.rows = lookup.rows or lookup.exchange.rows()
-        grads = [torch.zeros_like(rows) if rows.grad is None else rows.grad for rows in lookup.rows]
-        lookup.exchange.send_gradients([g.detach() for g in grads])
-        lookup.rows = []  # their hooks hold the lookup: a circle that would keep a batch's rows alive
+    def _send_gradients(self) -> None:
+        """Starts bringing the gradients of all open lookups to their rows."""
+        for lookup in self._open:
+            if lookup.sent:
+                continue
+            lookup.sent = True
+            # An output that nobody used has rows on their way.
+            rows = lookup.rows or lookup.arrived()
+            lookup.gradients = [torch.zeros_like(x) if x.grad is None else x.grad.detach() for x in rows]
+            lookup.rows = []  # their hooks hold the lookup: a circle that would keep a batch's rows alive
+            if self.jobs is None:
+                lookup.exchange.travel.send_gradients(lookup.gradients)
+            else:
+                self.jobs.submit(functools.partial(self._exchange_gradients, lookup))
 
     @torch.no_grad()
-    def flush(self) -> None:
-        """Brings the gradients of all finished forwards to their rows; every process calls it at the same point."""
-        for lookup in self._open:
-            self._send_gradients(lookup)
-        for lookup in self._open:
-            for p, grads in enumerate(lookup.exchange.gradients()):
-                rows = lookup.owned[p]
-                seeds = lookup.seeds[p] if self.tables[p].storage.precision != "fp32" else None
-                # What was exchanged is a sum of its own, which nobody else holds.
-                self._pending[p].add(rows, grads.div_(self.world_size) if self.world_size > 1 else grads, seeds)
+    def _exchange_gradients(self, lookup: DynamicLookup) -> None:
+        urgent = True if lookup.exchange.travel.is_split else None
+        lookup.exchange.travel.send_gradients(lookup.gradients, urgent)
+        self._add_gradients(lookup, urgent)
+
+    def _add_gradients(self, lookup: DynamicLookup, urgent: bool | None = None) -> None:
+        """Waits for gradients, and keeps them for the step."""
+        ranks = self.world_size * self.num_groups
+        for p, (places, grads) in enumerate(lookup.exchange.travel.gradients(urgent)):
+            rows, seeds = lookup.owned[p], lookup.seeds[p]
+            if places is not None:
+                rows, seeds = rows[places], None if seeds is None else seeds[places]
+            # What was exchanged is a sum of its own, which nobody else holds.
+            self._pending[p].add(rows, grads.div_(ranks) if ranks > 1 else grads, seeds)
+
+    @torch.no_grad()
+    def flush(self, *, wait: bool = True) -> None:
+        """Brings the gradients of all finished forwards to their rows; every process calls it at the same point.
+
+        Args:
+            wait: whether they are there when this returns; without `jobs` they always are.
+        """
+        self._send_gradients()
+        if self.jobs is None:
+            for lookup in self._open:
+                self._add_gradients(lookup)
+                lookup.gradients = []
+        else:
+            self._unfinished += self._open
+            if wait:
+                self.join()
         self._open.clear()
 
     # ---- the step ----------------------------------------------------------------------------------------------
@@ -374,9 +505,16 @@ class DynamicEngine:
 
     @torch.no_grad()
     def clamp_gradients(self, limit: float) -> None:
-        """Cuts every element of all pending gradients to [-limit, limit]."""
-        for pending in self._pending:
-            pending.clamp(limit)
+        """Cuts every element of all pending gradients to [-limit, limit]; `step_later` does so when they are there."""
+        self._limit = limit
+
+    def _update(self, p: int, of: tuple[Tensor, Tensor, Tensor | None], lr_factor: float, limit: float | None) -> None:
+        rows, grads, seeds = of
+        table = self.tables[p]
+        if len(rows):
+            assert table.optimizer.lr is not None
+            grads = grads if limit is None else grads.clamp(-limit, limit)
+            table.update(rows, grads, lr=table.optimizer.lr * lr_factor, step=self.next_step, seeds_U=seeds)
 
     @torch.no_grad()
     def gradients_are_finite(self) -> bool:
@@ -392,11 +530,8 @@ class DynamicEngine:
         if self.stepped_in_backward():
             return
         self.flush()
-        for p, table in enumerate(self.tables):
-            rows, grads, seeds = self._pending[p].merged()
-            if len(rows):
-                assert table.optimizer.lr is not None
-                table.update(rows, grads, lr=table.optimizer.lr * self.lr_factor, step=self.next_step, seeds_U=seeds)
+        for p in range(len(self.tables)):
+            self._update(p, self._pending[p].merged(), self.lr_factor, self._limit)
         self.end_step()
 
     @torch.no_grad()
@@ -406,6 +541,8 @@ class DynamicEngine:
             self._pending[p].clear()
             table.commit_step(self.next_step)
         self.next_step += 1
+        self._limit = None
+        self._unfinished.clear()
 
     def drop_gradients(self) -> None:
         """Forgets all pending gradients; every process does so at the same point."""
@@ -448,6 +585,7 @@ class DynamicEngine:
         Raises:
             RuntimeError: a forward or gradients wait for the optimiser's step.
         """
+        self.settle()
         if not self.idle:
             raise RuntimeError(
                 f"dynamic tables: {what} between a forward and the optimiser's step; do it after the step"

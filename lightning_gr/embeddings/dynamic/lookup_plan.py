@@ -178,9 +178,7 @@ def _find_expired(table: DynamicTable, plan: LookupPlan) -> dict[int, tuple[Tens
     return gone
 
 
-def _plan_insertion(
-    table: DynamicTable, plan: LookupPlan, gone: dict[int, tuple[Tensor, Tensor]], ahead: bool
-) -> None:
+def _plan_insertion(table: DynamicTable, plan: LookupPlan, gone: dict[int, tuple[Tensor, Tensor]], ahead: bool) -> None:
     """Which absent keys are admitted and have room."""
     ids_U, counts_U, offsets_T1 = plan.ids_U, plan.counts_U, plan.offsets_T1
     for t, config in enumerate(table.configs):

@@ -68,6 +68,20 @@ class PendingGradients:
         self._parts = [(rows, grads, seeds)]
         return rows, grads, seeds
 
+    @property
+    def rows(self) -> Tensor:
+        """Rows that have gradients, which may repeat; -1 where there is none."""
+        none = torch.zeros(0, dtype=torch.int64, device=self._device)
+        return torch.cat([none, *(part[0] for part in self._parts)])
+
+    def taken(self, rows_N: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """As `merged`, of these rows alone, which it then forgets."""
+        rows, grads, seeds = self.merged()
+        taken = torch.isin(rows, rows_N)
+        if self._parts:
+            self._parts = [(rows[~taken], grads[~taken], None if seeds is None else seeds[~taken])]
+        return rows[taken], grads[taken], None if seeds is None else seeds[taken]
+
     def squared_norm(self) -> Tensor:
         """Sum of squares, float64."""
         return self.merged()[1].double().pow(2).sum()
@@ -75,10 +89,6 @@ class PendingGradients:
     def scale(self, factor: float | Tensor) -> None:
         """Multiplies all of them."""
         self._replace(self.merged()[1] * factor)
-
-    def clamp(self, limit: float) -> None:
-        """Cuts every element to [-limit, limit]."""
-        self._replace(self.merged()[1].clamp(-limit, limit))
 
     def are_finite(self) -> bool:
         """Whether none is infinite or not a number."""
