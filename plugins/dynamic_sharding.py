@@ -29,7 +29,7 @@ from lightning_gr.embeddings.dynamic.collection import (
 )
 from lightning_gr.embeddings.dynamic.dynamic_lookup import DynamicLookup
 from lightning_gr.embeddings.dynamic.engine import DynamicEngine
-from lightning_gr.plugins.process_groups import group_named
+from lightning_gr.plugins.process_groups import peers_named
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from torchrec.distributed.types import ShardingEnv
 
+    from lightning_gr.embeddings.dynamic.peers import Peers
     from lightning_gr.embeddings.dynamic.sparse_optimizers import SparseOptimizerConfig
 
 _ROWS_OF_STAND_INS = 1024
@@ -109,7 +110,7 @@ class ShardedDynamicCollection(ShardedModule[_LookupContext, _LookupContext, Any
         optimizer: of tables without their own.
         seed: of the run, equal on all ranks.
         device: of this rank.
-        group: used by this collection alone, so that the order of its collectives depends on nothing else.
+        peers: used by this collection alone, so that the order of its collectives depends on nothing else.
     """
 
     def __init__(
@@ -119,13 +120,13 @@ class ShardedDynamicCollection(ShardedModule[_LookupContext, _LookupContext, Any
         optimizer: SparseOptimizerConfig,
         seed: int,
         device: torch.device,
-        group: dist.ProcessGroup,
+        peers: Peers,
     ) -> None:
         super().__init__()
         self._kind = type(module)
         self.configs, self.settings = module.configs, module.settings
         self.engine: DynamicEngine = module.settings.engine(
-            module.configs, seed=seed, device=device, group=group, optimizer=optimizer
+            module.configs, seed=seed, device=device, group=peers.own, peers=peers, optimizer=optimizer
         )
 
     def embedding_configs(self) -> Any:
@@ -168,13 +169,21 @@ class _Sharder(ModuleSharder[nn.Module]):  # type: ignore[misc]
         optimizer: of tables without their own.
         seed: of the run, equal on all ranks.
         timeout: how long a collective may wait for the slowest rank.
+        num_groups: into how many groups the ranks are cut, each with a full set of tables.
     """
 
     def __init__(
-        self, *, kind: type[DynamicEmbeddingModule], optimizer: SparseOptimizerConfig, seed: int, timeout: timedelta
+        self,
+        *,
+        kind: type[DynamicEmbeddingModule],
+        optimizer: SparseOptimizerConfig,
+        seed: int,
+        timeout: timedelta,
+        num_groups: int,
     ) -> None:
         super().__init__()
         self._kind, self._optimizer, self._seed, self._timeout = kind, optimizer, seed, timeout
+        self._num_groups = num_groups
 
     @override
     def shard(
@@ -187,9 +196,9 @@ class _Sharder(ModuleSharder[nn.Module]):  # type: ignore[misc]
     ) -> ShardedDynamicCollection:
         assert env.process_group is not None
         assert env.process_group.size() == dist.get_world_size()
-        group = group_named(f"dynamic tables {module_fqn}", timeout=self._timeout)
+        peers = peers_named(f"dynamic tables {module_fqn}", num_groups=self._num_groups, timeout=self._timeout)
         return ShardedDynamicCollection(
-            module, optimizer=self._optimizer, seed=self._seed, device=device or torch.device("cpu"), group=group
+            module, optimizer=self._optimizer, seed=self._seed, device=device or torch.device("cpu"), peers=peers
         )
 
     @property
@@ -223,9 +232,11 @@ def sharded_dynamic_collections(module: nn.Module) -> dict[str, ShardedDynamicCo
     return {name: child for name, child in module.named_modules() if isinstance(child, ShardedDynamicCollection)}
 
 
-def dynamic_sharders(*, optimizer: SparseOptimizerConfig, seed: int, timeout: timedelta) -> list[ModuleSharder[Any]]:
+def dynamic_sharders(
+    *, optimizer: SparseOptimizerConfig, seed: int, timeout: timedelta, num_groups: int
+) -> list[ModuleSharder[Any]]:
     """A sharder for each kind of dynamic collection."""
     return [
-        _Sharder(kind=kind, optimizer=optimizer, seed=seed, timeout=timeout)
+        _Sharder(kind=kind, optimizer=optimizer, seed=seed, timeout=timeout, num_groups=num_groups)
         for kind in (DynamicEmbeddingCollection, DynamicEmbeddingBagCollection)
     ]

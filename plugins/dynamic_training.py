@@ -28,6 +28,11 @@ class DynamicTraining:
 
     Args:
         module: with sharded dynamic collections, or none.
+
+    Attributes:
+        engines: by path, the tables.
+        in_background: whether gradients and updates are waited for where they are needed, rather than in the step.
+        refuses_norm: why gradients cannot be clipped by their norm; None where they can.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -36,6 +41,8 @@ class DynamicTraining:
         self.engines: dict[str, DynamicEngine] = {
             path: collection.engine for path, collection in sharded_dynamic_collections(module).items()
         }
+        self.in_background = False
+        self.refuses_norm: str | None = None
         self._wants_time = any(
             config.policy.ttl_seconds is not None for engine in self.engines.values() for config in engine.configs
         )
@@ -84,7 +91,7 @@ class DynamicTraining:
     def end_backward(self) -> None:
         """Completes the exchange of gradients of a micro-batch, where every rank comes by in the same order."""
         for engine in self.engines.values():
-            engine.flush()
+            engine.flush(wait=not self.in_background)
 
     def flush(self, dense_parameters: list[Tensor], scaler: torch.amp.GradScaler | None) -> bool:
         """Completes the sparse gradients after backward; with a scaler, unscales them.
@@ -97,8 +104,7 @@ class DynamicTraining:
             Whether some gradient, dense or sparse, of any rank is not finite, so that the step must be left out. A
             dense gradient is then infinite on every rank, by which the scaler leaves out its step too.
         """
-        for engine in self.engines.values():
-            engine.flush()
+        self.end_backward()
         if scaler is None or not self.engines:
             return False
         grads = [p.grad for p in dense_parameters if p.grad is not None]
@@ -117,11 +123,15 @@ class DynamicTraining:
 
     def clip_by_norm(self, dense_parameters: Iterable[Tensor], limit: float) -> Tensor:
         """Scales dense and sparse gradients so that their one norm is at most `limit`; returns the norm before."""
+        if self.refuses_norm is not None:
+            raise MisconfigurationException(f"clipping by norm: {self.refuses_norm}")
         grads = [p.grad for p in dense_parameters if p.grad is not None]
         device = next(iter(self.engines.values())).device
         total = torch.zeros((), dtype=torch.float64, device=device)
         for engine in self.engines.values():
-            total += engine.squared_norm()
+            engine.join()
+            if engine.is_first_replica:
+                total += engine.squared_norm()
         dist.all_reduce(total)
         for norm in torch._foreach_norm(grads) if grads else []:
             total += norm.double() ** 2
@@ -153,6 +163,7 @@ class DynamicTraining:
         from lightning_gr.embeddings.dynamic.table_files import FOLDER, save_tables
 
         for path, engine in self.engines.items():
+            engine.settle()
             if not engine.idle:
                 rank_zero_warn(
                     f"{path}: saved before the optimiser's step, so this step's gradients are not in the checkpoint"

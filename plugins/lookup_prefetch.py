@@ -37,8 +37,12 @@ class LookupPrefetch:
     Args:
         module: sharded collections are looked for inside.
         group: all processes, in a group that nothing else uses.
+        key_peers: those with which dynamic tables exchange keys, in groups that nothing else uses.
         device: where batches are.
         time_of: the clock of the data at a batch, for dynamic tables; None where it does not matter.
+
+    Attributes:
+        made: collections that looked up features which are no part of the batch.
     """
 
     def __init__(
@@ -46,12 +50,14 @@ class LookupPrefetch:
         module: nn.Module,
         *,
         group: dist.ProcessGroup,
+        key_peers: Peers,
         device: torch.device,
         time_of: Callable[[Any], int | None] = lambda _: None,
     ) -> None:
         from torchrec.distributed.types import ShardedModule
 
-        self._group, self._device, self._time_of = group, device, time_of
+        self._group, self._key_peers, self._device, self._time_of = group, key_peers, device, time_of
+        self.made: set[str] = set()
         self._collections: dict[str, ShardedModule[Any, Any, Any, Any]] = {
             path: child for path, child in module.named_modules() if isinstance(child, ShardedModule)
         }
@@ -90,10 +96,11 @@ class LookupPrefetch:
         for path in {path for path, _ in self._places} - self._twins.keys():
             if not isinstance(self._collections[path], ShardedDynamicCollection):
                 self._twins[path] = collection_on_group(self._collections[path], self._group)
-        if made := sorted({path for path, features in seen if id(features) not in places}):
+        self.made = {path for path, features in seen if id(features) not in places}
+        if self.made:
             rank_zero_warn(
-                f"{made[0]}: looks up features that the training step makes, so that their exchange cannot run ahead; "
-                "make them in on_before_batch_transfer or in the collate function, as a part of the batch"
+                f"{min(self.made)}: looks up features that the training step makes, so that their exchange cannot run "
+                "ahead; make them in on_before_batch_transfer or in the collate function, as a part of the batch"
             )
 
     # ---- ahead -------------------------------------------------------------------------------------------------
@@ -118,15 +125,16 @@ class LookupPrefetch:
                 receive()
 
         if found:
-            started.phases = [begin, send, receive]
+            started.phases, started.is_empty = [begin, send, receive], False
         return started
 
     def _begin(self, path: str, features: Any, time: int, started: StartedLookups) -> Callable[[], Callable[[], None]]:
         collection = self._collections[path]
         if isinstance(collection, ShardedDynamicCollection):
             engine = collection.engine
-            lookup = engine.prefetch(features, time=time, key_peers=Peers(own=self._group) if engine.group else None)
+            lookup = engine.prefetch(features, time=time, key_peers=self._key_peers)
             started.undo.append(lambda: engine.drop(lookup))
+            started.dynamic.setdefault(path, []).append(lookup)
 
             def send_keys() -> Callable[[], None]:
                 lookup.exchange.send_keys()

@@ -56,6 +56,7 @@ def wrap_module(
     num_local: int,
     seed: int,
     timeout: timedelta,
+    table_groups: int,
 ) -> WrappedModule:
     """Wraps a module once; a later call for the same module gives the same. All ranks call it.
 
@@ -71,6 +72,7 @@ def wrap_module(
         num_local: ranks of this machine.
         seed: of first values, equal on all ranks.
         timeout: how long a collective may wait.
+        table_groups: into how many groups the ranks are cut, each with a full set of dynamic tables.
 
     Raises:
         MisconfigurationException: a table that could not be trained as it is, by name.
@@ -88,6 +90,7 @@ def wrap_module(
         "static_dedup": static_dedup,
         "find_unused_parameters": find_unused_parameters,
         "bucket_cap_mb": bucket_cap_mb,
+        "table_groups": table_groups,
     }
     earlier: WrappedModule | None = module.__dict__.get(_ATTRIBUTE)
     if earlier is not None:
@@ -102,6 +105,13 @@ def wrap_module(
     group = dist.group.WORLD
     assert group is not None
     collections = static_collections(module)
+    if collections and table_groups > 1:
+        path = next(iter(collections))
+        names = ", ".join(config.name for config in table_configs(collections[path]))
+        raise MisconfigurationException(
+            f"table_groups={table_groups}: {path} has static tables ({names}), whose rows TorchRec updates inside "
+            "backward, before groups could add up their gradients; use dynamic tables, or table_groups=1"
+        )
     deferred = {path: table_configs(child) for path, child in collections.items() if next(child.parameters()).is_meta}
     if collections and sparse_optimizer == "adam" and device.type == "cpu":
         raise MisconfigurationException(
@@ -119,6 +129,7 @@ def wrap_module(
         seed=seed,
         dedup=static_dedup,
         timeout=timeout,
+        table_groups=table_groups,
     )
     # Tables that the module built with values keep them: TorchRec copies them into the shards.
     dmp = DistributedModelParallel(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -16,6 +14,7 @@ import torch
 
 from lightning_gr.plugins.rank_watch import RankWatch
 from lightning_gr.plugins.stage_log import StageLog
+from lightning_gr.plugins.stage_thread import StageThread, done
 from lightning_gr.plugins.staged_batch import StagedBatch
 from lightning_gr.plugins.started_lookups import StartedLookups
 
@@ -26,10 +25,11 @@ class PipelinedLoader:
     """Iterates like the loader inside; every batch that it has is trained, in the same order.
 
     Stages of a batch: *fetch* reads and collates (and pins) it, *copy* calls the batch hooks and moves it to the
-    device, *lookup* exchanges the ids of its table lookups. On the CPU fetch (if `fetch_apart`) and lookup have a
-    thread each; hooks run where they run without a pipeline, in the training process's main thread. On a GPU copy and
-    lookup are issued from the main thread on a stream each, since collectives of several threads could reach the device
-    in different orders on different ranks.
+    device, *lookup* exchanges the ids of its table lookups; with `waits_apart` that is *exchange*, which makes ids
+    distinct and sends them, and *wait*, which takes up what arrives, so that ids of several batches are under way. On
+    the CPU fetch (if `fetch_apart`) and those that look up have a thread each; hooks run where they run without a
+    pipeline, in the training process's main thread. On a GPU copy and lookup are issued from the main thread on a
+    stream each, since collectives of several threads could reach the device in different orders on different ranks.
 
     Every rank has the same batches in flight at the same step, so that the collectives of a stage that are under way
     when iteration stops find their partners.
@@ -45,6 +45,7 @@ class PipelinedLoader:
         enabled: asked when an iteration begins; where it says no, batches pass through untouched.
         fetch_apart: whether the loader may be asked for batches in another thread: whether it and its dataset leave
             torch's global generator alone, whose numbers would otherwise go to one thread or the other by chance.
+        waits_apart: whether ids are sent and received in a stage each.
         threads: whether stages run in threads; None means: on the CPU.
     """
 
@@ -60,13 +61,14 @@ class PipelinedLoader:
         watch: RankWatch | None = None,
         enabled: Callable[[], bool] = lambda: True,
         fetch_apart: bool = False,
+        waits_apart: bool = False,
         threads: bool | None = None,
     ) -> None:
         assert depth >= 1
         self.loader, self.prepare, self.look_up = loader, prepare, look_up
         self.depth, self.device, self.log, self._enabled = depth, device, log, enabled
         self.threads = device.type == "cpu" if threads is None else threads
-        self._watch, self.fetch_apart = watch, fetch_apart
+        self._watch, self.fetch_apart, self.waits_apart = watch, fetch_apart, waits_apart
         self._run: _Run | None = None
         self._numbers = 0
         self._state: dict[str, Any] | None = None
@@ -138,6 +140,17 @@ class PipelinedLoader:
         while self._handed and self._handed[0] is not staged:
             self._handed.popleft().lookups.drop()
 
+    def following(self) -> StagedBatch | None:
+        """The batch behind the one that now trains; None where it is not known yet."""
+        if len(self._handed) > 1:
+            return self._handed[1]
+        return None if self._run is None else self._run.first()
+
+    def look_up_rest(self) -> None:
+        """Starts the lookups of batches that came into flight before it was known what is looked up."""
+        if self._run is not None:
+            self._run.look_up_rest()
+
     def flush(self) -> None:
         """Waits until no stage is at work; what is in flight stays there."""
         if self._run is not None:
@@ -176,14 +189,12 @@ class _InFlight:
     Args:
         staged: the batch.
         state: of the loader after it was fetched.
-        lookups: done when the ids have arrived.
         copied: done when the batch is on its device; None on the CPU.
         error: what fetching it ended with, in place of a batch.
     """
 
     staged: StagedBatch
     state: dict[str, Any]
-    lookups: Future[Any] | None
     copied: Any
     error: BaseException | None = None
 
@@ -193,8 +204,10 @@ class _Run:
 
     def __init__(self, of: PipelinedLoader, iterator: Iterator[Any]) -> None:
         self._of = of
-        self._fetching = _StageThread("fetch") if of.threads and of.fetch_apart else None
-        self._looking_up = _StageThread("lookup") if of.threads and of.look_up is not None else None
+        self._fetching = StageThread("fetch") if of.threads and of.fetch_apart else None
+        looks_up = of.threads and of.look_up is not None
+        self._looking_up = StageThread("lookup") if looks_up else None
+        self._waiting = StageThread("wait") if looks_up and of.waits_apart else None
         cuda = of.device.type == "cuda"
         self._copy_stream = torch.cuda.Stream(of.device) if cuda else None
         self._lookup_stream = torch.cuda.Stream(of.device) if cuda else None
@@ -207,7 +220,7 @@ class _Run:
     def __iter__(self) -> Iterator[tuple[StagedBatch, dict[str, Any]]]:
         of = self._of
         # In this thread, so that a DataLoader starts its workers and their signal handlers from here.
-        self._fetched.append(_done(self._fetch))
+        self._fetched.append(done(self._fetch))
         while True:
             while self._fetched and len(self._flight) <= of.depth:
                 self._admit()
@@ -219,10 +232,11 @@ class _Run:
             flying = self._flight.popleft()
             if flying.error is not None:
                 raise flying.error
-            if flying.lookups is not None:
-                flying.lookups.result()
+            if (arrival := flying.staged.lookups.arrival) is not None:
+                arrival.result()
             else:
-                with self._on(self._lookup_stream), of.log.record("lookup", flying.staged.number):
+                stage = "wait" if of.waits_apart else "lookup"
+                with self._on(self._lookup_stream), of.log.record(stage, flying.staged.number):
                     flying.staged.lookups.finish()
             self._hand_over(flying)
             yield flying.staged, flying.state
@@ -247,7 +261,7 @@ class _Run:
         future = self._fetched.popleft()
         if (error := future.exception()) is not None:
             # Its turn comes after the batches before it.
-            self._flight.append(_InFlight(StagedBatch(None, -1, StartedLookups()), {}, None, None, error))
+            self._flight.append(_InFlight(StagedBatch(None, -1, StartedLookups()), {}, None, error))
             return
         fetched = future.result()
         if fetched is _END:
@@ -255,20 +269,50 @@ class _Run:
             return
         number, batch, state = fetched
         # One fetch is under way beyond what is in flight, on every rank alike.
-        self._fetched.append(_done(self._fetch) if self._fetching is None else self._fetching.submit(self._fetch))
+        self._fetched.append(done(self._fetch) if self._fetching is None else self._fetching.submit(self._fetch))
         with of.log.record("copy", number), self._on(self._copy_stream):
             batch = of.prepare(batch)
         copied = None if self._copy_stream is None else self._copy_stream.record_event()
-        started = of.look_up(batch) if of.look_up is not None else StartedLookups()
-        arrival = None
-        if self._looking_up is not None:
+        flying = _InFlight(StagedBatch(batch, number, StartedLookups()), state, copied)
+        self._look_up(flying)
+        self._flight.append(flying)
+
+    def _look_up(self, flying: _InFlight) -> None:
+        """Starts the lookups of a batch, which go on in threads where there are some."""
+        of, staged = self._of, flying.staged
+        if of.look_up is not None:
+            staged.lookups = of.look_up(staged.batch)
+        if self._looking_up is None:
+            return
+        lookups, log = staged.lookups, of.log
+        if self._waiting is None:
 
             def look_up() -> None:
-                with of.log.record("lookup", number):
-                    started.finish()
+                with log.record("lookup", staged.number):
+                    lookups.finish()
 
-            arrival = self._looking_up.submit(look_up)
-        self._flight.append(_InFlight(StagedBatch(batch, number, started), state, arrival, copied))
+            lookups.arrival = self._looking_up.submit(look_up)
+            return
+
+        def exchange() -> None:
+            with log.record("exchange", staged.number):
+                lookups.finish(leave=1)
+
+        def wait() -> None:
+            sent.result()
+            with log.record("wait", staged.number):
+                lookups.finish()
+
+        sent = self._looking_up.submit(exchange)
+        lookups.arrival = self._waiting.submit(wait)
+
+    def look_up_rest(self) -> None:
+        for flying in self._flight:
+            if flying.error is None and flying.staged.lookups.is_empty:
+                self._look_up(flying)
+
+    def first(self) -> StagedBatch | None:
+        return self._flight[0].staged if self._flight and self._flight[0].error is None else None
 
     def _advance(self, flying: _InFlight) -> None:
         """Without threads a lookup goes on by one phase with every batch that is asked for."""
@@ -302,8 +346,8 @@ class _Run:
         if self._copy_stream is not None:
             torch.cuda.current_stream(self._of.device).wait_stream(self._copy_stream)
         for flying in self._flight:
-            if flying.lookups is not None:
-                flying.lookups.result()
+            if (arrival := flying.staged.lookups.arrival) is not None:
+                arrival.result()
         for fetched in self._fetched:
             fetched.exception()  # it is raised where the batch is asked for
 
@@ -313,11 +357,11 @@ class _Run:
         self._closed = True
         if wait:
             for flying in self._flight:
-                if flying.lookups is not None:
-                    flying.lookups.exception()
+                if (arrival := flying.staged.lookups.arrival) is not None:
+                    arrival.exception()
             for fetched in self._fetched:
                 fetched.exception()
-        for thread in (self._fetching, self._looking_up):
+        for thread in (self._fetching, self._looking_up, self._waiting):
             if thread is not None:
                 thread.close()
         for flying in self._flight:
@@ -333,43 +377,3 @@ def state_of(loader: Any) -> dict[str, Any]:
     """The position of a loader that has one; empty otherwise."""
     state: dict[str, Any] = loader.state_dict() if hasattr(loader, "state_dict") else {}
     return state
-
-
-def _done(call: Callable[[], Any]) -> Future[Any]:
-    """What a call returns, or raises, as a future that is done."""
-    future: Future[Any] = Future()
-    _settle(future, call)
-    return future
-
-
-def _settle(future: Future[Any], call: Callable[[], Any]) -> None:
-    try:
-        future.set_result(call())
-    except BaseException as error:
-        future.set_exception(error)
-
-
-class _StageThread:
-    """A thread that does one call after another; a daemon, so that a lost collective cannot keep the process alive."""
-
-    def __init__(self, name: str) -> None:
-        self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
-        threading.Thread(target=self._work, name=f"lightning-gr-{name}", daemon=True).start()
-
-    def submit(self, call: Callable[[], Any]) -> Future[Any]:
-        future: Future[Any] = Future()
-        self._calls.put((future, call))
-        return future
-
-    def close(self) -> None:
-        self._calls.put(None)
-
-    def _work(self) -> None:
-        failed: BaseException | None = None
-        while (entry := self._calls.get()) is not None:
-            future, call = entry
-            if failed is not None:
-                future.set_exception(failed)  # its collectives would meet other ranks' later ones
-                continue
-            _settle(future, call)
-            failed = future.exception()

@@ -59,6 +59,7 @@ def make_plan(
     dynamic_optimizer: SparseOptimizerConfig,
     seed: int,
     timeout: timedelta,
+    table_groups: int = 1,
     dedup: bool = True,
 ) -> tuple[Any, list[Any]]:
     """The sharding plan of all collections, static and dynamic, and the sharders; a collective call.
@@ -72,6 +73,7 @@ def make_plan(
         dynamic_optimizer: of dynamic tables without their own.
         seed: of the run, equal on all ranks.
         timeout: how long a collective of dynamic tables may wait.
+        table_groups: into how many groups the ranks are cut, each with a full set of dynamic tables.
         dedup: whether ids of ``EmbeddingCollection`` tables are made distinct before they travel.
 
     Returns:
@@ -96,7 +98,7 @@ def make_plan(
     sharders: list[Any] = [
         EmbeddingCollectionSharder(use_index_dedup=dedup),
         EmbeddingBagCollectionSharder(),
-        *dynamic_sharders(optimizer=dynamic_optimizer, seed=seed, timeout=timeout),
+        *dynamic_sharders(optimizer=dynamic_optimizer, seed=seed, timeout=timeout, num_groups=table_groups),
     ]
     constraints = {}
     for collection in static_collections(module).values():

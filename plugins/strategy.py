@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -30,8 +30,9 @@ from lightning_gr.plugins.dynamic_training import DynamicTraining, clipping_with
 from lightning_gr.plugins.module_wrapping import wrap_module
 from lightning_gr.plugins.rank_watch import RankWatch
 from lightning_gr.plugins.sharding import Sharding, SparseOptimizer, static_collections
+from lightning_gr.plugins.sparse_schedule import SparseUpdate
 from lightning_gr.plugins.staged_batch import StagedBatch
-from lightning_gr.plugins.training_pipeline import TrainingPipeline
+from lightning_gr.plugins.training_pipeline import SIX_STAGE_DEPTH, Schedule, TrainingPipeline
 from lightning_gr.substrate import require_torchrec
 
 if TYPE_CHECKING:
@@ -80,6 +81,17 @@ class SequenceBalancedStrategy(DDPStrategy):
             have settings of their own.
         balancing: how samples are dealt out over the ranks; None takes the defaults.
         pipeline_depth: batches that are fetched, copied and looked up ahead of the one that trains; 0 turns that off.
+        schedule: `lookup_ahead` prepares batches in the stages fetch, copy and lookup; `six_stage` is TurboGR's, with
+            up to six batches in flight: ids are sent in one stage and received in another. It takes a `pipeline_depth`
+            of at least 4.
+        sparse_update: of dynamic tables (TurboGR, arXiv 2605.13433, section 4.2.2). `sync` looks up a batch once the
+            step before has updated its rows; `semi_async` reads and sends the next batch's rows during a step, so that
+            they lack that step's update and no other; `exact_async` does so but for rows that the step updates, which
+            changes no number.
+        sync_steps: optimizer steps that are trained synchronously before `semi_async` or `exact_async` begins.
+        table_groups: into how many groups of consecutive ranks the processes are cut, each with a full set of the
+            dynamic tables (hierarchical sparse parallelism, section 4.2.1): lookups stay inside a group, and between
+            groups travel the keys and gradients of the rows that a batch touches.
         find_unused_parameters: lets DDP look for dense parameters that a step did not use; costs time.
         bucket_cap_mb: size of DDP's gradient buckets in MiB.
         process_group_backend: ``gloo`` or ``nccl``; None means the device's usual one.
@@ -107,6 +119,10 @@ class SequenceBalancedStrategy(DDPStrategy):
         static_dedup: bool = True,
         balancing: Balancing | None = None,
         pipeline_depth: int = 2,
+        schedule: Schedule = "lookup_ahead",
+        sparse_update: SparseUpdate = "sync",
+        sync_steps: int = 100,
+        table_groups: int = 1,
         find_unused_parameters: bool = False,
         bucket_cap_mb: int = 25,
         process_group_backend: Literal["gloo", "nccl"] | None = None,
@@ -127,6 +143,13 @@ class SequenceBalancedStrategy(DDPStrategy):
             raise MisconfigurationException(f"sparse_lr={sparse_lr}: expected a rate >= 0")
         if pipeline_depth < 0:
             raise MisconfigurationException(f"pipeline_depth={pipeline_depth}: expected at least 0")
+        _check_communication(
+            pipeline_depth=pipeline_depth,
+            schedule=schedule,
+            sparse_update=sparse_update,
+            sync_steps=sync_steps,
+            table_groups=table_groups,
+        )
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -141,7 +164,8 @@ class SequenceBalancedStrategy(DDPStrategy):
         self.sparse_lr = sparse_lr
         self.static_dedup = static_dedup
         self.balancing = balancing or Balancing()
-        self.pipeline_depth = pipeline_depth
+        self.pipeline_depth, self.schedule = pipeline_depth, schedule
+        self.sparse_update, self.sync_steps, self.table_groups = sparse_update, sync_steps, table_groups
         self.collective_timeout = timeout
         self.find_unused_parameters = find_unused_parameters
         self.bucket_cap_mb = bucket_cap_mb
@@ -150,7 +174,7 @@ class SequenceBalancedStrategy(DDPStrategy):
         self._dynamic: DynamicTraining | None = None
         self._pipeline: TrainingPipeline | None = None
         self._watch: RankWatch | None = None
-        self._said_mean_of_means = False
+        self._said_mean_of_means = self._is_stepping = False
 
     @property
     @override
@@ -208,6 +232,11 @@ class SequenceBalancedStrategy(DDPStrategy):
         self._watch.start()
         give_ranks_time_to_explain(_SECONDS_TO_EXPLAIN)
         self._check_precision()
+        if self.world_size % self.table_groups:
+            raise MisconfigurationException(
+                f"table_groups={self.table_groups}: does not divide the {self.world_size} processes into groups of one "
+                f"size; choose from {', '.join(str(m) for m in _divisors(self.world_size))}"
+            )
         # Before the wrap: the shards of tables have a type of their own.
         self.precision_plugin.convert_module(self.lightning_module)
         self._dmp, self._sparse_base_lrs, _ = wrap_module(
@@ -222,6 +251,7 @@ class SequenceBalancedStrategy(DDPStrategy):
             num_local=self.num_processes,
             seed=self.broadcast(torch.initial_seed()),
             timeout=self.collective_timeout,
+            table_groups=self.table_groups,
         )
         self._check_precision()
         self.model = self._dmp
@@ -239,6 +269,10 @@ class SequenceBalancedStrategy(DDPStrategy):
                 prepare=super().batch_to_device,
                 watch=self._watch,
                 check_settings=self._check_settings,
+                sparse_update=self.sparse_update,
+                sync_steps=self.sync_steps,
+                schedule=self.schedule,
+                table_groups=self.table_groups,
             )
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()
@@ -275,6 +309,8 @@ class SequenceBalancedStrategy(DDPStrategy):
         assert self._dmp is not None
         assert self._dynamic is not None
         self._dynamic.check(trainer)
+        if self.sparse_update != "sync":
+            self._check_background(trainer)
         if not self._dmp.fused_optimizer.params:
             return
         if trainer.accumulate_grad_batches > 1:
@@ -287,6 +323,46 @@ class SequenceBalancedStrategy(DDPStrategy):
                 f"gradient_clip_val={trainer.gradient_clip_val}: dense gradients are clipped, those of sharded static "
                 "tables are not"
             )
+
+    def _check_background(self, trainer: pl.Trainer) -> None:
+        """Refuses what an update of rows beside the dense step cannot honour."""
+        assert self._dynamic is not None
+        assert self._dmp is not None
+        mode = f"sparse_update={self.sparse_update}"
+        if not self._dynamic.engines:
+            raise MisconfigurationException(
+                f"{mode}: {type(self.lightning_module).__name__} has no dynamic tables, and static ones are updated "
+                "inside backward; give the model dynamic_tables, or leave sparse_update out"
+            )
+        if self._dmp.fused_optimizer.params:
+            rank_zero_warn(f"{mode}: static tables stay synchronous, since they are updated inside backward")
+        for path, engine in self._dynamic.engines.items():
+            if engine.fused_update:
+                raise MisconfigurationException(
+                    f"{mode}: rows of {path} are updated inside backward; set dynamic_tables.update to step"
+                )
+        if trainer.precision == "16-mixed":
+            raise MisconfigurationException(
+                f"{mode}: precision=16-mixed leaves out a step where a gradient is not finite, which needs all of them "
+                "before the dense step; use bf16-mixed or 32-true"
+            )
+        if self.sparse_update == "semi_async":
+            why = (
+                "their norm needs every gradient before the dense step, which semi_async does not wait for; use "
+                "sparse_update=exact_async, or gradient_clip_algorithm=value"
+            )
+            by_value = str(trainer.gradient_clip_algorithm or "").endswith("value")
+            if trainer.gradient_clip_val and not by_value:
+                raise MisconfigurationException(
+                    f"{mode}: gradient_clip_val={trainer.gradient_clip_val} clips gradients by their norm; {why}"
+                )
+            self._dynamic.refuses_norm = f"{mode}: {why}"
+        elif not trainer.gradient_clip_val:
+            self._dynamic.refuses_norm = (
+                f"{mode}: some gradients are still on their way where a module clips by itself; set "
+                "Trainer(gradient_clip_val=...)"
+            )
+        self._dynamic.in_background = True
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -383,8 +459,9 @@ class SequenceBalancedStrategy(DDPStrategy):
         self._set_sparse_learning_rates()
         self._dynamic.begin_step((*args, *kwargs.values()), lr_factor=self._lr_factor())
         assert self._pipeline is not None
-        with self._pipeline.step():
+        with self._pipeline.step(step_ends=self._is_stepping):
             output = super().training_step(*args, **kwargs)
+        self._log_collisions()
         if any(isinstance(x, SequenceBatch) for x in (*args, *kwargs.values())):
             return output
         if isinstance(output, Mapping) and "loss_sums" in output:
@@ -397,6 +474,20 @@ class SequenceBalancedStrategy(DDPStrategy):
                 '{"loss": ..., "loss_sums": {task: (sum, count)}} to make it exact'
             )
         return output
+
+    def _log_collisions(self) -> None:
+        """TurboGR's alpha: the share of a batch's keys that the step before touched too, of this rank's keys.
+
+        Keys are dealt out by their hash, so one rank's are a fair sample.
+        """
+        assert self._dynamic is not None
+        if not self._dynamic.in_background:
+            return
+        counts = [engine.collisions for engine in self._dynamic.engines.values()]
+        collided, keys = (sum(column) for column in zip(*counts, strict=True))
+        assert self.lightning_module is not None
+        if keys and self.lightning_module.trainer.training:
+            self.lightning_module.log("gr/collision_rate", collided / keys, batch_size=1)
 
     def _mean_over_ranks(self, loss_sums: Mapping[str, tuple[Tensor, Tensor | float]]) -> Tensor:
         """Local sums over counts of all ranks, scaled by what DDP and TorchRec divide gradients by."""
@@ -463,8 +554,16 @@ class SequenceBalancedStrategy(DDPStrategy):
             leave_out = dynamic.flush(dense, getattr(self.precision_plugin, "scaler", None))
             return result
 
-        output = super().optimizer_step(optimizer, closure_then_flush, model, **kwargs)
-        dynamic.step(leave_out=leave_out)
+        self._is_stepping = True
+        try:
+            output = super().optimizer_step(optimizer, closure_then_flush, model, **kwargs)
+        finally:
+            self._is_stepping = False
+        if dynamic.in_background:
+            assert self._pipeline is not None
+            self._pipeline.tables.end_step()
+        else:
+            dynamic.step(leave_out=leave_out)
         if self._pipeline is not None:
             self._pipeline.stepped()
         return output
@@ -591,7 +690,10 @@ class SequenceBalancedStrategy(DDPStrategy):
 
     @property
     def dynamic(self) -> DynamicTraining | None:
-        """The dynamic tables of the module; None before the strategy is set up."""
+        """The dynamic tables of the module, with all updates done; None before the strategy is set up."""
+        if self._dynamic is not None:
+            for engine in self._dynamic.engines.values():
+                engine.join()
         return self._dynamic
 
     @classmethod
@@ -601,6 +703,40 @@ class SequenceBalancedStrategy(DDPStrategy):
             cls.strategy_name,
             cls,
             description="sequence-balanced data parallelism with sharded TorchRec embeddings",
+        )
+
+
+def _divisors(number: int) -> list[int]:
+    return [m for m in range(1, number + 1) if number % m == 0]
+
+
+def _check_communication(
+    *,
+    pipeline_depth: int,
+    schedule: Schedule,
+    sparse_update: SparseUpdate,
+    sync_steps: int,
+    table_groups: int,
+) -> None:
+    """Refuses settings that cannot work, whatever the module."""
+    for name, value, choices in (
+        ("schedule", schedule, get_args(Schedule)),
+        ("sparse_update", sparse_update, get_args(SparseUpdate)),
+    ):
+        if value not in choices:
+            raise MisconfigurationException(f"{name}={value!r}: expected one of {', '.join(choices)}")
+    for name, number, least in (("sync_steps", sync_steps, 0), ("table_groups", table_groups, 1)):
+        if number < least:
+            raise MisconfigurationException(f"{name}={number}: expected at least {least}")
+    if schedule == "six_stage" and pipeline_depth < SIX_STAGE_DEPTH:
+        raise MisconfigurationException(
+            f"schedule=six_stage: pipeline_depth={pipeline_depth} leaves no room for its stages; set at least "
+            f"{SIX_STAGE_DEPTH}: one batch each in fetch, exchange, wait and embed ahead of the one that trains"
+        )
+    if sparse_update != "sync" and pipeline_depth == 0:
+        raise MisconfigurationException(
+            f"sparse_update={sparse_update}: pipeline_depth=0 keeps no batch in flight whose rows could be read ahead; "
+            "set at least 1"
         )
 
 

@@ -6,7 +6,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from lightning.fabric.utilities.data import sized_len
@@ -21,9 +21,10 @@ from lightning_gr.balancing.settings import Balancing
 from lightning_gr.data.loader import PlannedLoader
 from lightning_gr.data.stream_loader import StreamLoader
 from lightning_gr.plugins.pipelined_loader import PipelinedLoader
-from lightning_gr.plugins.process_groups import forget_groups, group_named
+from lightning_gr.plugins.process_groups import forget_groups, group_named, peers_named
 from lightning_gr.plugins.rank_watch import RankWatch
 from lightning_gr.plugins.rebatched_loader import RebatchedLoader
+from lightning_gr.plugins.sparse_schedule import SparseSchedule, SparseUpdate
 from lightning_gr.plugins.stage_log import StageLog
 from lightning_gr.plugins.staged_batch import StagedBatch
 
@@ -33,6 +34,11 @@ if TYPE_CHECKING:
     import lightning.pytorch as pl
 
     from lightning_gr.plugins.dynamic_training import DynamicTraining
+
+
+Schedule = Literal["lookup_ahead", "six_stage"]
+SIX_STAGE_DEPTH = 4
+"""Batches ahead of the one that trains: one each in fetch, exchange, wait and embed."""
 
 
 class TrainingPipeline:
@@ -48,6 +54,10 @@ class TrainingPipeline:
         prepare: moves a batch to the device, with the hooks that belong to it.
         watch: explains failures by the rank that caused them.
         check_settings: refuses or warns of what tables cannot honour; asked again when accumulation begins here.
+        sparse_update: what of the dynamic tables may run beside the dense step.
+        sync_steps: optimizer steps before it does.
+        schedule: `six_stage` sends and receives the ids of lookups in a stage each.
+        table_groups: groups of ranks with a full set of dynamic tables each.
 
     Attributes:
         log: when each stage worked on which batch.
@@ -65,17 +75,35 @@ class TrainingPipeline:
         prepare: Callable[[Any], Any],
         watch: RankWatch,
         check_settings: Callable[[pl.Trainer], None],
+        sparse_update: SparseUpdate,
+        sync_steps: int,
+        schedule: Schedule,
+        table_groups: int,
     ) -> None:
         from lightning_gr.plugins.lookup_prefetch import LookupPrefetch
 
+        self._schedule = schedule
         self._balancing, self._depth = balancing, depth
         self._module, self._device, self._prepare = module, device, prepare
         self.log, self._watch = StageLog(), watch
         # Every rank makes the groups in this order, whichever it will use.
         self._batch_group = group_named("batches", timeout=timeout, backend="gloo")
         lookup_group = group_named("lookups", timeout=timeout)
+        key_peers = peers_named("lookups", num_groups=table_groups, timeout=timeout)
         self._lookups = (
-            LookupPrefetch(module, group=lookup_group, device=device, time_of=dynamic.time_of) if depth else None
+            LookupPrefetch(module, group=lookup_group, key_peers=key_peers, device=device, time_of=dynamic.time_of)
+            if depth
+            else None
+        )
+        self.tables = SparseSchedule(
+            mode=sparse_update,
+            sync_steps=sync_steps,
+            engines=dynamic.engines,
+            log=self.log,
+            device=device,
+            timeout=timeout,
+            num_groups=table_groups,
+            clips_by_norm=bool(module.trainer.gradient_clip_val),
         )
         self._check_settings, self._micro_steps = check_settings, 1
         self._planned: PlannedLoader | None = None
@@ -107,6 +135,7 @@ class TrainingPipeline:
             log=self.log,
             enabled=self._is_only_loader,
             fetch_apart=_leaves_generator_alone(loader),
+            waits_apart=self._schedule == "six_stage",
             watch=self._watch,
         )
         return self._loader
@@ -231,14 +260,39 @@ class TrainingPipeline:
         return batch.batch
 
     @contextmanager
-    def step(self) -> Iterator[None]:
-        """Encloses the forward of a training step; learns from the first what is looked up."""
+    def step(self, *, step_ends: bool) -> Iterator[None]:
+        """Encloses the forward of a training step; learns from the first what is looked up.
+
+        Args:
+            step_ends: whether the optimizer steps after this batch.
+        """
         self._began = time.perf_counter()
-        if self._lookups is None or self._lookups.knows or self._present is None:
+        lookups, present = self._lookups, self._present
+        if lookups is None or present is None:
             yield
             return
-        with self._lookups.learning(self._present.batch):
+        assert self._loader is not None
+        if lookups.knows:
+            self.tables.carry_out(present, made=lookups.made)
+            self._look_ahead(present, step_ends)
             yield
+            return
+        with lookups.learning(present.batch):
+            yield
+        if self.tables.runs_ahead:
+            self._loader.look_up_rest()
+            self._look_ahead(None, step_ends)
+
+    def _look_ahead(self, present: StagedBatch | None, step_ends: bool) -> None:
+        assert self._lookups is not None
+        assert self._loader is not None
+        self.tables.look_ahead(
+            present,
+            self._loader.following(),
+            made=self._lookups.made,
+            step=self._module.trainer.global_step,
+            step_ends=step_ends,
+        )
 
     def stepped(self) -> None:
         """Records the compute of the present batch up to here: its backward, or the optimiser's step."""
@@ -250,12 +304,16 @@ class TrainingPipeline:
         """Waits until no stage is at work, as before an evaluation or a checkpoint."""
         if self._loader is not None:
             self._loader.flush()
+        self.tables.join()
 
     def end(self, *, wait: bool) -> None:
         """Ends a fit, as `stop`; the Trainer gets back the settings that it came with."""
         self.stop(wait=wait)
-        if not wait:
+        if wait:
+            self.tables.settle()
+        else:
             forget_groups()
+        self.tables.close(abandon=not wait)
         trainer = self._module.trainer
         trainer.accumulate_grad_batches //= self._micro_steps
         for name, value in self._counts.items():

@@ -42,7 +42,7 @@ class DynamicLookup:
         late: of each physical table, which keys' rows are sent once the step before has updated them; None if none are.
         values: rows of a lookup whose late ones are still to be sent.
         jobs: what must be done before all rows are on their way.
-        waits_for_step: whether the end of the present step sends the late rows.
+        forgotten: whether rows that were sent ahead were given up.
         ready: leaves that have their gradient.
         sent: whether the gradients are on their way.
         keeps_order: whether it was prefetched on the engine's own group.
@@ -60,7 +60,7 @@ class DynamicLookup:
     late: list[Tensor] | None = None
     values: list[Tensor] = field(default_factory=list)
     jobs: list[Future[Any]] = field(default_factory=list)
-    waits_for_step: bool = False
+    forgotten: bool = False
     ready: int = 0
     sent: bool = False
     keeps_order: bool = False
@@ -82,7 +82,7 @@ class DynamicLookup:
         if self.plans and not self.plans[0].applied:
             self.exchange.travel.recall()
             self.plans, self.values, self.late, self.jobs = [], [], None, []
-            self.waits_for_step = False
+            self.forgotten = True
 
     def record_stream(self, stream: Any) -> None:
         """Tells the allocator of a GPU that this stream uses what another one made."""

@@ -12,6 +12,7 @@ import functools
 import itertools
 import math
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any
 
@@ -91,7 +92,6 @@ class DynamicEngine:
         self.world_size = 1 if self.group is None else self.group.size()
         self.rank = 0 if self.group is None else self.group.rank()
         self.peers = peers or Peers(own=self.group)
-        self.replicas, self.num_groups = self.peers.replicas, self.peers.num_groups
         assert self.peers.size == self.world_size
         if virtual_shards < self.world_size:
             raise ValueError(f"virtual_shards={virtual_shards}: fewer than the {self.world_size} processes; raise it")
@@ -105,6 +105,7 @@ class DynamicEngine:
         kinds = ("keys", "rows", "gradients", "flags", "replica_keys", "replica_gradients")
         self.traffic = {kind: Traffic() for kind in kinds}
         self.jobs: Jobs | None = None
+        self._waiting: DynamicLookup | None = None
         self._unfinished: list[DynamicLookup] = []
         self._limit: float | None = None
         self._open: list[DynamicLookup] = []
@@ -149,6 +150,16 @@ class DynamicEngine:
             for feature in config.feature_names
         ]
         self._first_lookups = [0, *itertools.accumulate(len(config.feature_names) for config in self.configs)]
+
+    @property
+    def replicas(self) -> dist.ProcessGroup | None:
+        """The processes that have the same part of the tables in other groups, in the order of groups."""
+        return self.peers.replicas
+
+    @property
+    def num_groups(self) -> int:
+        """How many groups have a full set of tables each."""
+        return self.peers.num_groups
 
     # ---- forward -----------------------------------------------------------------------------------------------
 
@@ -210,7 +221,7 @@ class DynamicEngine:
 
         An error of a physical table leaves it as it was; tables before it have done their lookup.
         """
-        if not lookup.plans:
+        if not lookup.jobs:
             if lookup.training:
                 self.settle()
             else:
@@ -326,10 +337,29 @@ class DynamicEngine:
         lookup.exchange.travel.mark_late(late)
         lookup.late, lookup.values = late, values
         lookup.send(values, late=False)
+        self._waiting = lookup
+
+    def step_later(self) -> Future[None]:
+        """As `step`, without waiting: rows are updated in `jobs`, those first that a lookup ahead waits for.
+
+        Returns:
+            Done when that lookup's rows are on their way.
+        """
+        assert self.jobs is not None
+        self.flush(wait=False)
+        lr_factor, limit = self.lr_factor, self._limit
+        self._limit = None
+        lookups, self._unfinished = self._unfinished, []
+        late: Future[None] = self.jobs.submit(functools.partial(self._send_late, lr_factor, limit))
+        self.jobs.submit(functools.partial(self._finish_step, lookups, lr_factor, limit))
+        return late
 
     @torch.no_grad()
-    def _send_late(self, lookup: DynamicLookup, lr_factor: float, limit: float | None) -> None:
-        """Updates the rows that a lookup ahead waits for, and sends them."""
+    def _send_late(self, lr_factor: float, limit: float | None) -> None:
+        """Updates the rows that a lookup ahead waits for, if one does, and sends them."""
+        lookup, self._waiting = self._waiting, None
+        if lookup is None:
+            return
         assert lookup.late is not None
         for p, (table, plan, late_U) in enumerate(zip(self.tables, lookup.plans, lookup.late, strict=True)):
             rows_U = plan.rows_N
@@ -337,19 +367,6 @@ class DynamicEngine:
             lookup.values[p][late_U] = table.storage.read(rows_U[late_U])
         lookup.send(lookup.values, late=True)
         lookup.late, lookup.values = None, []
-
-    def step_later(self) -> None:
-        """As `step`, without waiting: rows are updated in `jobs`, those first that a lookup ahead waits for."""
-        assert self.jobs is not None
-        self.flush(wait=False)
-        lr_factor, limit = self.lr_factor, self._limit
-        self._limit = None
-        lookups, self._unfinished = self._unfinished, []
-        for waiting in self._ahead:
-            if waiting.waits_for_step:
-                waiting.waits_for_step = False
-                waiting.jobs.append(self.jobs.submit(functools.partial(self._send_late, waiting, lr_factor, limit)))
-        self.jobs.submit(functools.partial(self._finish_step, lookups, lr_factor, limit))
 
     @torch.no_grad()
     def _finish_step(self, lookups: Sequence[DynamicLookup], lr_factor: float, limit: float | None) -> None:
@@ -362,6 +379,11 @@ class DynamicEngine:
             self._update(p, self._pending[p].merged(), lr_factor, limit)
         self.end_step()
 
+    @property
+    def open_lookups(self) -> list[DynamicLookup]:
+        """Lookups of training whose gradients are still to come."""
+        return list(self._open)
+
     def join(self) -> None:
         """Waits until no job is under way."""
         if self.jobs is not None:
@@ -370,12 +392,18 @@ class DynamicEngine:
     def settle(self) -> None:
         """As `join`; and rows that were sent ahead are forgotten, since what follows may change the tables."""
         self.join()
+        self._waiting = None
         for lookup in self._ahead:
             lookup.forget()
 
     @property
+    def is_first_replica(self) -> bool:
+        """Whether this process is of the first group; the others have the same tables."""
+        return self.replicas is None or self.replicas.rank() == 0
+
+    @property
     def collisions(self) -> tuple[int, int]:
-        """Of the lookups of the present batch: keys that the step before had looked up too, and all; of this process."""
+        """Of the present batch's lookups here, the keys that the step before had looked up too, and all of them."""
         plans = [plan for lookup in self._open for plan in lookup.plans]
         return sum(sum(plan.collided_T) for plan in plans), sum(plan.offsets_T1[-1] for plan in plans)
 
@@ -547,6 +575,14 @@ class DynamicEngine:
     def drop_gradients(self) -> None:
         """Forgets all pending gradients; every process does so at the same point."""
         self.flush()
+        for pending in self._pending:
+            pending.clear()
+
+    def abandon(self) -> None:
+        """Forgets lookups and gradients under way, without waiting, as after a failure of another process."""
+        for unfinished in (self._open, self._ahead, self._unfinished):
+            unfinished.clear()
+        self._waiting = self._limit = None
         for pending in self._pending:
             pending.clear()
 

@@ -36,7 +36,7 @@ class Peers:
 
     Args:
         own: the processes of its group; None where it is alone.
-        replicas: the processes with the same place in all groups, in the order of groups; None where there is one group.
+        replicas: the processes with the same place in all groups, in the order of groups; None of one group.
     """
 
     own: dist.ProcessGroup | None = None

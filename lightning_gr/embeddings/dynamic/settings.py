@@ -11,6 +11,7 @@ import torch
 
 from lightning_gr.embeddings.dynamic.engine import DynamicEngine
 from lightning_gr.embeddings.dynamic.exchange import DTYPES, Dedup, ExchangePrecision
+from lightning_gr.embeddings.dynamic.peers import Peers
 from lightning_gr.embeddings.dynamic.policies import TablePolicy
 from lightning_gr.embeddings.dynamic.sparse_optimizers import SparseOptimizerConfig
 from lightning_gr.embeddings.dynamic.table_config import DynamicTableConfig, Placement, Precision
@@ -150,6 +151,7 @@ class DynamicTables:
         device: torch.device | str,
         group: dist.ProcessGroup | None,
         optimizer: SparseOptimizerConfig | None = None,
+        peers: Peers | None = None,
     ) -> DynamicEngine:
         """The engine of a collection on one process of a group; `optimizer` fills in what the settings leave open."""
         default = optimizer or SparseOptimizerConfig()
@@ -166,4 +168,5 @@ class DynamicTables:
             fused_update=self.update == "backward",
             device=device,
             group=group,
+            peers=peers,
         )

@@ -181,6 +181,8 @@ def upsert_rows(folder: Path, name: str, ids_K: Tensor, values_KD: Tensor) -> in
 def save_tables(folder: Path, engine: DynamicEngine) -> None:
     """Writes all that an engine holds between two steps; every process calls it, and returns when all have written.
 
+    Of several groups with a full set of tables the first one writes.
+
     Args:
         folder: of the collection; without files of an earlier save.
         engine: its tables.
@@ -190,7 +192,7 @@ def save_tables(folder: Path, engine: DynamicEngine) -> None:
     """
     failure = None
     try:
-        for p, table in enumerate(engine.tables):
+        for p, table in enumerate(engine.tables if engine.is_first_replica else ()):
             for k, name in enumerate(table.key_names):
                 _check_world(folder / name, engine.world_size)
                 header = _header(engine, p, k)
@@ -298,10 +300,11 @@ def _add(table: DynamicTable, k: int, piece: dict[str, Tensor], path: Path) -> N
 def _agree(engine: DynamicEngine, failure: Exception | None, what: str) -> None:
     """Waits for all processes; where one has failed, all fail, so that none goes on alone."""
     first = engine.rank if failure is not None else engine.world_size
-    if engine.group is not None:
-        first_failed = torch.tensor(first, device=engine.device)
-        dist.all_reduce(first_failed, op=dist.ReduceOp.MIN, group=engine.group)
-        first = int(first_failed)
+    for group in (engine.group, engine.replicas):
+        if group is not None:
+            first_failed = torch.tensor(first, device=engine.device)
+            dist.all_reduce(first_failed, op=dist.ReduceOp.MIN, group=group)
+            first = int(first_failed)
     if failure is not None:
         raise failure
     if first < engine.world_size:
