@@ -11,7 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import nullcontext
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,10 +21,9 @@ from lightning_gr.plugins.stage_thread import StageThread, done
 if TYPE_CHECKING:
     from lightning_gr.embeddings.dynamic.dynamic_lookup import DynamicLookup
     from lightning_gr.embeddings.dynamic.engine import DynamicEngine
+    from lightning_gr.plugins.communication_settings import SparseUpdate
     from lightning_gr.plugins.stage_log import StageLog
     from lightning_gr.plugins.staged_batch import StagedBatch
-
-SparseUpdate = Literal["sync", "semi_async", "exact_async"]
 
 
 class SparseSchedule:
@@ -199,7 +198,7 @@ class SparseSchedule:
 
 
 class _OnStream:
-    """Does calls where they are handed in, on a stream of a GPU beside the one that computes."""
+    """Does calls where they are handed in, on a stream of a GPU beside the one that computes; they give an event."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, torch.cuda.Stream(device)
@@ -207,7 +206,7 @@ class _OnStream:
     def submit(self, call: Callable[[], Any]) -> Future[Any]:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
-            return done(call)
+            return done(lambda: (call(), self._stream.record_event())[1])
 
     def join(self) -> None:
         torch.cuda.current_stream(self._device).wait_stream(self._stream)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -25,14 +25,26 @@ from lightning_gr.balancing.settings import Balancing
 from lightning_gr.batch import SequenceBatch
 from lightning_gr.embeddings import deferred_tables
 from lightning_gr.plugins import checkpoint_directory
+from lightning_gr.plugins.communication_settings import (
+    Schedule,
+    SparseUpdate,
+    check_communication,
+    check_table_groups,
+    run_in_background,
+)
 from lightning_gr.plugins.dense_optimizer_state import DenseOptimizerState
 from lightning_gr.plugins.dynamic_training import DynamicTraining, clipping_with
 from lightning_gr.plugins.module_wrapping import wrap_module
 from lightning_gr.plugins.rank_watch import RankWatch
 from lightning_gr.plugins.sharding import Sharding, SparseOptimizer, static_collections
-from lightning_gr.plugins.sparse_schedule import SparseUpdate
 from lightning_gr.plugins.staged_batch import StagedBatch
-from lightning_gr.plugins.training_pipeline import SIX_STAGE_DEPTH, Schedule, TrainingPipeline
+from lightning_gr.plugins.table_groups_memory import (
+    check_group_memory,
+    device_memory,
+    host_memory,
+    table_budgets,
+)
+from lightning_gr.plugins.training_pipeline import TrainingPipeline
 from lightning_gr.substrate import require_torchrec
 
 if TYPE_CHECKING:
@@ -143,7 +155,7 @@ class SequenceBalancedStrategy(DDPStrategy):
             raise MisconfigurationException(f"sparse_lr={sparse_lr}: expected a rate >= 0")
         if pipeline_depth < 0:
             raise MisconfigurationException(f"pipeline_depth={pipeline_depth}: expected at least 0")
-        _check_communication(
+        check_communication(
             pipeline_depth=pipeline_depth,
             schedule=schedule,
             sparse_update=sparse_update,
@@ -232,11 +244,7 @@ class SequenceBalancedStrategy(DDPStrategy):
         self._watch.start()
         give_ranks_time_to_explain(_SECONDS_TO_EXPLAIN)
         self._check_precision()
-        if self.world_size % self.table_groups:
-            raise MisconfigurationException(
-                f"table_groups={self.table_groups}: does not divide the {self.world_size} processes into groups of one "
-                f"size; choose from {', '.join(str(m) for m in _divisors(self.world_size))}"
-            )
+        check_table_groups(self.table_groups, self.world_size)
         # Before the wrap: the shards of tables have a type of their own.
         self.precision_plugin.convert_module(self.lightning_module)
         self._dmp, self._sparse_base_lrs, _ = wrap_module(
@@ -256,6 +264,13 @@ class SequenceBalancedStrategy(DDPStrategy):
         self._check_precision()
         self.model = self._dmp
         self._dynamic = DynamicTraining(self.lightning_module)
+        check_group_memory(
+            table_budgets(self._dynamic.engines.values()),
+            world_size=self.world_size,
+            table_groups=self.table_groups,
+            device_bytes=device_memory(self.root_device),
+            host_bytes=host_memory() // self.num_processes,
+        )
         if trainer.state.fn == TrainerFn.FITTING:
             self._check_settings(trainer)
             # Before the optimisers: a schedule may ask the Trainer for the length of the loader, which is made then.
@@ -310,7 +325,9 @@ class SequenceBalancedStrategy(DDPStrategy):
         assert self._dynamic is not None
         self._dynamic.check(trainer)
         if self.sparse_update != "sync":
-            self._check_background(trainer)
+            run_in_background(
+                self._dynamic, self.sparse_update, trainer, has_static=bool(self._dmp.fused_optimizer.params)
+            )
         if not self._dmp.fused_optimizer.params:
             return
         if trainer.accumulate_grad_batches > 1:
@@ -323,46 +340,6 @@ class SequenceBalancedStrategy(DDPStrategy):
                 f"gradient_clip_val={trainer.gradient_clip_val}: dense gradients are clipped, those of sharded static "
                 "tables are not"
             )
-
-    def _check_background(self, trainer: pl.Trainer) -> None:
-        """Refuses what an update of rows beside the dense step cannot honour."""
-        assert self._dynamic is not None
-        assert self._dmp is not None
-        mode = f"sparse_update={self.sparse_update}"
-        if not self._dynamic.engines:
-            raise MisconfigurationException(
-                f"{mode}: {type(self.lightning_module).__name__} has no dynamic tables, and static ones are updated "
-                "inside backward; give the model dynamic_tables, or leave sparse_update out"
-            )
-        if self._dmp.fused_optimizer.params:
-            rank_zero_warn(f"{mode}: static tables stay synchronous, since they are updated inside backward")
-        for path, engine in self._dynamic.engines.items():
-            if engine.fused_update:
-                raise MisconfigurationException(
-                    f"{mode}: rows of {path} are updated inside backward; set dynamic_tables.update to step"
-                )
-        if trainer.precision == "16-mixed":
-            raise MisconfigurationException(
-                f"{mode}: precision=16-mixed leaves out a step where a gradient is not finite, which needs all of them "
-                "before the dense step; use bf16-mixed or 32-true"
-            )
-        if self.sparse_update == "semi_async":
-            why = (
-                "their norm needs every gradient before the dense step, which semi_async does not wait for; use "
-                "sparse_update=exact_async, or gradient_clip_algorithm=value"
-            )
-            by_value = str(trainer.gradient_clip_algorithm or "").endswith("value")
-            if trainer.gradient_clip_val and not by_value:
-                raise MisconfigurationException(
-                    f"{mode}: gradient_clip_val={trainer.gradient_clip_val} clips gradients by their norm; {why}"
-                )
-            self._dynamic.refuses_norm = f"{mode}: {why}"
-        elif not trainer.gradient_clip_val:
-            self._dynamic.refuses_norm = (
-                f"{mode}: some gradients are still on their way where a module clips by itself; set "
-                "Trainer(gradient_clip_val=...)"
-            )
-        self._dynamic.in_background = True
 
     @override
     def setup_optimizers(self, trainer: pl.Trainer) -> None:
@@ -703,40 +680,6 @@ class SequenceBalancedStrategy(DDPStrategy):
             cls.strategy_name,
             cls,
             description="sequence-balanced data parallelism with sharded TorchRec embeddings",
-        )
-
-
-def _divisors(number: int) -> list[int]:
-    return [m for m in range(1, number + 1) if number % m == 0]
-
-
-def _check_communication(
-    *,
-    pipeline_depth: int,
-    schedule: Schedule,
-    sparse_update: SparseUpdate,
-    sync_steps: int,
-    table_groups: int,
-) -> None:
-    """Refuses settings that cannot work, whatever the module."""
-    for name, value, choices in (
-        ("schedule", schedule, get_args(Schedule)),
-        ("sparse_update", sparse_update, get_args(SparseUpdate)),
-    ):
-        if value not in choices:
-            raise MisconfigurationException(f"{name}={value!r}: expected one of {', '.join(choices)}")
-    for name, number, least in (("sync_steps", sync_steps, 0), ("table_groups", table_groups, 1)):
-        if number < least:
-            raise MisconfigurationException(f"{name}={number}: expected at least {least}")
-    if schedule == "six_stage" and pipeline_depth < SIX_STAGE_DEPTH:
-        raise MisconfigurationException(
-            f"schedule=six_stage: pipeline_depth={pipeline_depth} leaves no room for its stages; set at least "
-            f"{SIX_STAGE_DEPTH}: one batch each in fetch, exchange, wait and embed ahead of the one that trains"
-        )
-    if sparse_update != "sync" and pipeline_depth == 0:
-        raise MisconfigurationException(
-            f"sparse_update={sparse_update}: pipeline_depth=0 keeps no batch in flight whose rows could be read ahead; "
-            "set at least 1"
         )
 
 

@@ -6,7 +6,7 @@ import inspect
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.fabric.utilities.data import sized_len
@@ -24,7 +24,7 @@ from lightning_gr.plugins.pipelined_loader import PipelinedLoader
 from lightning_gr.plugins.process_groups import forget_groups, group_named, peers_named
 from lightning_gr.plugins.rank_watch import RankWatch
 from lightning_gr.plugins.rebatched_loader import RebatchedLoader
-from lightning_gr.plugins.sparse_schedule import SparseSchedule, SparseUpdate
+from lightning_gr.plugins.sparse_schedule import SparseSchedule
 from lightning_gr.plugins.stage_log import StageLog
 from lightning_gr.plugins.staged_batch import StagedBatch
 
@@ -33,12 +33,8 @@ if TYPE_CHECKING:
 
     import lightning.pytorch as pl
 
+    from lightning_gr.plugins.communication_settings import Schedule, SparseUpdate
     from lightning_gr.plugins.dynamic_training import DynamicTraining
-
-
-Schedule = Literal["lookup_ahead", "six_stage"]
-SIX_STAGE_DEPTH = 4
-"""Batches ahead of the one that trains: one each in fetch, exchange, wait and embed."""
 
 
 class TrainingPipeline:

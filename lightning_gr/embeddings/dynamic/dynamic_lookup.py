@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from lightning_gr.embeddings.dynamic.exchange import LookupExchange
@@ -17,7 +18,7 @@ class Jobs(Protocol):
     """Does one call after another, in the order in which they are handed in, perhaps in a thread of its own."""
 
     def submit(self, call: Callable[[], Any]) -> Future[Any]:
-        """Hands in a call; once one has failed, all later ones fail with its error."""
+        """Hands in a call; once one has failed, all later ones fail with its error. On a GPU it gives an event."""
         ...
 
     def join(self) -> None:
@@ -74,8 +75,13 @@ class DynamicLookup:
     def arrived(self) -> list[Tensor]:
         """Waits for the rows."""
         for job in self.jobs:
-            job.result()
-        return self.exchange.travel.rows()
+            if (event := job.result()) is not None:
+                event.wait()  # of a GPU: the stream that computes waits for the one that looks up
+        rows = self.exchange.travel.rows()
+        for x in rows:
+            if x.is_cuda:
+                x.record_stream(torch.cuda.current_stream(x.device))
+        return rows
 
     def forget(self) -> None:
         """Goes back to where keys have been received, unless the lookup was carried out."""

@@ -9,11 +9,8 @@ Shape suffixes: N looked-up ids, U distinct keys, D width, T tables.
 from __future__ import annotations
 
 import functools
-import itertools
-import math
 from collections.abc import Sequence
 from concurrent.futures import Future
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,24 +18,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_gr.embeddings.dynamic.dynamic_lookup import DynamicLookup, Jobs
-from lightning_gr.embeddings.dynamic.dynamic_table import DynamicTable
-from lightning_gr.embeddings.dynamic.exchange import (
-    Dedup,
-    ExchangePrecision,
-    ExchangeStatistics,
-    LookupExchange,
-    Placement,
-)
-from lightning_gr.embeddings.dynamic.key_index import key_hash, top_bits
-from lightning_gr.embeddings.dynamic.peers import Peers, Traffic
-from lightning_gr.embeddings.dynamic.pending_gradients import PendingGradients
+from lightning_gr.embeddings.dynamic.exchange import Dedup, ExchangePrecision
+from lightning_gr.embeddings.dynamic.peers import Peers
 from lightning_gr.embeddings.dynamic.sparse_optimizers import SparseOptimizerConfig
-from lightning_gr.embeddings.dynamic.table_config import DynamicTableConfig, check_configs
+from lightning_gr.embeddings.dynamic.table_config import DynamicTableConfig
+from lightning_gr.embeddings.dynamic.table_lookups import TableLookups
 
-_DEFAULT_LR = 0.05
 
-
-class DynamicEngine:
+class DynamicEngine(TableLookups):
     """The tables of a collection, cut over the processes of a group.
 
     Args:
@@ -85,25 +72,21 @@ class DynamicEngine:
         group: dist.ProcessGroup | None = None,
         peers: Peers | None = None,
     ) -> None:
-        check_configs(configs)
-        if virtual_shards < 1 or virtual_shards & (virtual_shards - 1):
-            raise ValueError(f"virtual_shards={virtual_shards}: expected a power of two")
-        self.group = group if group is not None and group.size() > 1 else None
-        self.world_size = 1 if self.group is None else self.group.size()
-        self.rank = 0 if self.group is None else self.group.rank()
-        self.peers = peers or Peers(own=self.group)
-        assert self.peers.size == self.world_size
-        if virtual_shards < self.world_size:
-            raise ValueError(f"virtual_shards={virtual_shards}: fewer than the {self.world_size} processes; raise it")
-        self.device, self.seed, self.virtual_shards = torch.device(device), seed, virtual_shards
-        self.dedup, self.exchange_precision, self.fused_update = dedup, exchange_precision, fused_update
-        self.merge, self.encode_ids = merge, encode_ids
+        super().__init__(
+            configs=configs,
+            optimizer=optimizer,
+            seed=seed,
+            virtual_shards=virtual_shards,
+            merge=merge,
+            encode_ids=encode_ids,
+            dedup=dedup,
+            exchange_precision=exchange_precision,
+            device=device,
+            group=group,
+            peers=peers,
+        )
+        self.fused_update = fused_update
         self.lr_factor = 1.0
-        self.next_step = 0
-        self.time = self._observed = 0
-        self.statistics = ExchangeStatistics()
-        kinds = ("keys", "rows", "gradients", "flags", "replica_keys", "replica_gradients")
-        self.traffic = {kind: Traffic() for kind in kinds}
         self.jobs: Jobs | None = None
         self._waiting: DynamicLookup | None = None
         self._unfinished: list[DynamicLookup] = []
@@ -112,109 +95,7 @@ class DynamicEngine:
         self._ahead: list[DynamicLookup] = []
         self._stepped = False
 
-        grouped: dict[Any, list[DynamicTableConfig]] = {}
-        for config in sorted(configs, key=lambda c: c.name):
-            own = _with_rate(config.optimizer or optimizer, optimizer.lr)
-            # Scores take room in all rows of a physical table, which a budget in bytes would notice.
-            scores = config.policy.eviction.policy == "score"
-            storage = (config.precision, config.hot_count, config.placement, config.cache_rows, scores)
-            key = (config.embedding_dim, own, storage) if merge else config.name
-            grouped.setdefault(key, []).append(config)
-        self.tables = [
-            DynamicTable(
-                configs=members,
-                optimizer=_with_rate(members[0].optimizer or optimizer, optimizer.lr),
-                seed=seed,
-                virtual_shards=virtual_shards,
-                device=self.device,
-                encode_ids=encode_ids,
-            )
-            for members in grouped.values()
-        ]
-        self._pending = [PendingGradients(dim=table.dim, device=self.device) for table in self.tables]
-        # Logical tables in the order of physical ones.
-        self.logical = [(p, local) for p, table in enumerate(self.tables) for local in range(len(table.configs))]
-        self.configs = [self.tables[p].configs[local] for p, local in self.logical]
-        self.placement = Placement(
-            salts=tuple(self.tables[p].salts[local] for p, local in self.logical),
-            group_bits=tuple(self.tables[p].group_bits[local] for p, local in self.logical),
-            rotations=tuple(self.tables[p].salts[local] & 0x7FFFFFFF for p, local in self.logical),
-            dims=tuple(config.embedding_dim for config in self.configs),
-            physical=tuple(p for p, _ in self.logical),
-            world_size=self.world_size,
-        )
-        shared = [f for config in self.configs for f in config.feature_names]
-        self.lookups = [
-            (t, feature, f"{feature}@{config.name}" if shared.count(feature) > 1 else feature)
-            for t, config in enumerate(self.configs)
-            for feature in config.feature_names
-        ]
-        self._first_lookups = [0, *itertools.accumulate(len(config.feature_names) for config in self.configs)]
-
-    @property
-    def replicas(self) -> dist.ProcessGroup | None:
-        """The processes that have the same part of the tables in other groups, in the order of groups."""
-        return self.peers.replicas
-
-    @property
-    def num_groups(self) -> int:
-        """How many groups have a full set of tables each."""
-        return self.peers.num_groups
-
     # ---- forward -----------------------------------------------------------------------------------------------
-
-    def observe_time(self, seconds: int) -> None:
-        """Tells the clock of the data looked up next; of all processes' the latest counts, and it never goes back."""
-        self._observed = max(self._observed, seconds)
-
-    def begin(
-        self,
-        features: Any,
-        *,
-        training: bool,
-        time: int | None = None,
-        key_peers: Peers | None = None,
-    ) -> DynamicLookup:
-        """Starts a lookup: distinct keys and the exchange of their numbers. Changes no table, so it may run ahead.
-
-        Args:
-            features: a KeyedJaggedTensor with the features of the tables.
-            training: whether the lookup may change tables.
-            time: the clock of the data at this lookup; None means what was observed last.
-            key_peers: by which keys travel; None takes the engine's peers.
-
-        Raises:
-            ValueError: a feature is missing.
-        """
-        keys, sizes = list(features.keys()), features.length_per_key()
-        if missing := [feature for _, feature, _ in self.lookups if feature not in keys]:
-            raise ValueError(f"feature {missing[0]}: not in the batch, which has {', '.join(keys)}")
-        values = dict(zip(keys, features.values().split(sizes), strict=True))
-        parts = [values[feature] for _, feature, _ in self.lookups]
-        ends = [0, *itertools.accumulate(len(part) for part in parts)]
-        offsets_T1 = [ends[place] for place in self._first_lookups]
-        ids_N = (torch.cat(parts) if len(parts) > 1 else parts[0]).to(torch.int64)
-        exchange = LookupExchange(
-            self.placement,
-            self.peers,
-            ids_N,
-            offsets_T1,
-            training=training,
-            time=self._observed if time is None else max(time, self._observed),
-            counts_N=self._counts(parts),
-            key_peers=key_peers,
-            dedup=self.dedup,
-            precision=self.exchange_precision,
-            traffic=self.traffic,
-        )
-        return DynamicLookup(features, training, exchange, [len(part) for part in parts])
-
-    def _counts(self, parts: list[Tensor]) -> Tensor | None:
-        """How often each id of the looked-up features occurred; None means once each."""
-        counted = [feature not in self.configs[t].uncounted_features for t, feature, _ in self.lookups]
-        if all(counted):
-            return None
-        return torch.cat([torch.full_like(x, int(y), dtype=torch.int64) for x, y in zip(parts, counted, strict=True)])
 
     def find(self, lookup: DynamicLookup) -> None:
         """At the owners: finds or inserts the keys that arrived, and sends their rows back.
@@ -231,61 +112,6 @@ class DynamicEngine:
             # Here, not where the output is used: a rank may leave it unused, and must exchange gradients all the same.
             self._open.append(lookup)
 
-    @torch.no_grad()
-    def look_up(self, lookup: DynamicLookup) -> None:
-        """Does a lookup whole: tables change if it is one of training, and rows are sent."""
-        self._plan(lookup, step=self.next_step, ahead=False)
-        if lookup.training:
-            self.carry_out(lookup)
-        values = [table.values(plan) for table, plan in zip(self.tables, lookup.plans, strict=True)]
-        lookup.send(values)
-
-    @torch.no_grad()
-    def _plan(self, lookup: DynamicLookup, *, step: int, ahead: bool) -> None:
-        keys, bounds = lookup.exchange.received_keys(), self.placement.bounds
-        plans = []
-        for p, table in enumerate(self.tables):
-            offsets = keys.offsets_T1[bounds[p] : bounds[p + 1] + 1]
-            own = slice(offsets[0], offsets[-1])
-            plan = table.plan(
-                keys.ids_U[own],
-                [x - offsets[0] for x in offsets],
-                keys.counts_U[own],
-                step=step,
-                time=max(self.time, lookup.exchange.time),
-                training=lookup.training,
-                distinct=lookup.exchange.distinct,
-                ahead=ahead,
-            )
-            if not lookup.training:
-                table.count_missing(plan)
-            plans.append(plan)
-        lookup.plans = plans
-
-    @torch.no_grad()
-    def carry_out(self, lookup: DynamicLookup) -> None:
-        """Does to the tables what was planned for a lookup of the present step."""
-        keys, bounds = lookup.exchange.received_keys(), self.placement.bounds
-        self.time = max(self.time, lookup.exchange.time)
-        for p, (table, plan) in enumerate(zip(self.tables, lookup.plans, strict=True)):
-            assert plan.step == self.next_step
-            table.apply(plan)
-            lookup.owned.append(plan.rows_N)
-            seeds = None
-            if table.storage.precision != "fp32":
-                offsets = keys.offsets_T1[bounds[p] : bounds[p + 1] + 1]
-                ids_U = keys.ids_U[offsets[0] : offsets[-1]]
-                seeds = self._seeds(table, ids_U, [x - offsets[0] for x in offsets])
-            lookup.seeds.append(seeds)
-        lookup.exchange.statistics(self.statistics)
-
-    @staticmethod
-    def _seeds(table: DynamicTable, ids_U: Tensor, offsets_T1: list[int]) -> Tensor:
-        parts = [
-            key_hash(ids_U[a:b], salt) for a, b, salt in zip(offsets_T1, offsets_T1[1:], table.salts, strict=False)
-        ]
-        return torch.cat(parts)
-
     def received(self, lookup: DynamicLookup) -> list[Tensor]:
         """The rows of each physical table that came back, as leaves whose gradients the engine collects."""
         if lookup.sent:
@@ -298,46 +124,6 @@ class DynamicEngine:
         return lookup.rows
 
     # ---- ahead of the step -------------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def look_ahead(
-        self,
-        lookup: DynamicLookup,
-        present: Sequence[DynamicLookup],
-        *,
-        step_ends: bool,
-        exact: bool,
-        split_gradients: bool,
-    ) -> None:
-        """Reads and sends the rows of the next lookup; the tables stay as they are until it is carried out.
-
-        Args:
-            lookup: of the batch behind the present one.
-            present: lookups of the present batch, carried out, whose gradients are still to come.
-            step_ends: whether the present batch is the last of its step, so that rows are updated in between.
-            exact: whether rows that this update changes are left for `step_later` to send; others go now.
-            split_gradients: whether their gradients travel before the others.
-        """
-        self._plan(lookup, step=self.next_step + step_ends, ahead=step_ends)
-        values = [table.values(plan) for table, plan in zip(self.tables, lookup.plans, strict=True)]
-        if not (exact and step_ends):
-            lookup.send(values)
-            return
-        late: list[Tensor] = []
-        urgent: list[list[Tensor]] = [[] for _ in present]
-        for p, plan in enumerate(lookup.plans):
-            rows_U = plan.rows_N
-            in_flight = [self._pending[p].rows, *(x.owned[p] for x in present)]
-            late.append((rows_U >= 0) & torch.isin(rows_U, torch.cat(in_flight)))
-            for x, marks in zip(present, urgent, strict=True):
-                marks.append((x.owned[p] >= 0) & torch.isin(x.owned[p], rows_U))
-        if split_gradients:
-            for x, marks in zip(present, urgent, strict=True):
-                x.exchange.travel.mark_urgent(marks)
-        lookup.exchange.travel.mark_late(late)
-        lookup.late, lookup.values = late, values
-        lookup.send(values, late=False)
-        self._waiting = lookup
 
     def step_later(self) -> Future[None]:
         """As `step`, without waiting: rows are updated in `jobs`, those first that a lookup ahead waits for.
@@ -397,11 +183,6 @@ class DynamicEngine:
             lookup.forget()
 
     @property
-    def is_first_replica(self) -> bool:
-        """Whether this process is of the first group; the others have the same tables."""
-        return self.replicas is None or self.replicas.rank() == 0
-
-    @property
     def collisions(self) -> tuple[int, int]:
         """Of the present batch's lookups here, the keys that the step before had looked up too, and all of them."""
         plans = [plan for lookup in self._open for plan in lookup.plans]
@@ -440,6 +221,7 @@ class DynamicEngine:
                     raise RuntimeError(
                         "dynamic tables: forward got other features than those prefetched; keep the order"
                     )
+        self.join()  # it exchanges keys with the processes that jobs exchange rows with
         return self.begin(features, training=training)
 
     def drop(self, lookup: DynamicLookup) -> None:
@@ -486,6 +268,9 @@ class DynamicEngine:
 
     @torch.no_grad()
     def _exchange_gradients(self, lookup: DynamicLookup) -> None:
+        for grads in lookup.gradients:
+            if grads.is_cuda:
+                grads.record_stream(torch.cuda.current_stream(grads.device))
         urgent = True if lookup.exchange.travel.is_split else None
         lookup.exchange.travel.send_gradients(lookup.gradients, urgent)
         self._add_gradients(lookup, urgent)
@@ -588,28 +373,6 @@ class DynamicEngine:
 
     # ---- by hand -----------------------------------------------------------------------------------------------
 
-    def table_number(self, name: str) -> int:
-        """Place of a logical table.
-
-        Raises:
-            ValueError: there is none of this name.
-        """
-        names = [config.name for config in self.configs]
-        if name not in names:
-            raise ValueError(f"table {name}: there is none; choose from {', '.join(names)}")
-        return names.index(name)
-
-    def owned(self, table: int, ids_N: Tensor) -> Tensor:
-        """Which ids this process holds the rows of, or would; bool (N,)."""
-        groups_N = top_bits(key_hash(ids_N, self.placement.salts[table]), self.placement.group_bits[table])
-        return self.placement.owners(table, groups_N) == self.rank
-
-    def owned_shards(self, table: int) -> Tensor:
-        """Which virtual shards of a table this process holds; bool."""
-        bits = self.virtual_shards.bit_length() - 1
-        groups = torch.arange(self.virtual_shards) >> (bits - self.placement.group_bits[table])
-        return self.placement.owners(table, groups) == self.rank
-
     @property
     def idle(self) -> bool:
         """Whether no forward and no gradient waits for the optimiser's step."""
@@ -659,22 +422,3 @@ class DynamicEngine:
         ids_N, values_ND = ids_N.to(self.device, torch.int64), values_ND.to(self.device)
         own_N = self.owned(t, ids_N)
         return self.tables[p].upsert(ids_N[own_N], values_ND[own_N], local, step=self.next_step, time=self.time)
-
-    def set_scores(self, ids_N: Tensor, scores_N: Tensor, name: str) -> None:
-        """Scores for eviction; every process calls it with the same ids."""
-        t = self.table_number(name)
-        p, local = self.logical[t]
-        ids_N = ids_N.to(self.device, torch.int64)
-        own_N = self.owned(t, ids_N)
-        self.tables[p].set_scores(ids_N[own_N], scores_N.to(self.device)[own_N], local)
-
-    def collision_rate(self, name: str) -> float:
-        """Share of a table's keys that the step before had looked up too, on this process (TurboGR's alpha)."""
-        p, local = self.logical[self.table_number(name)]
-        statistics = self.tables[p].statistics[local]
-        return statistics.collided / statistics.looked_up if statistics.looked_up else math.nan
-
-
-def _with_rate(own: SparseOptimizerConfig, lr: float | None) -> SparseOptimizerConfig:
-    """An optimiser that has a learning rate."""
-    return own if own.lr is not None else replace(own, lr=_DEFAULT_LR if lr is None else lr)
