@@ -29,7 +29,7 @@ from lightning_gr.embeddings.dynamic.collection import (
 )
 from lightning_gr.embeddings.dynamic.dynamic_lookup import DynamicLookup
 from lightning_gr.embeddings.dynamic.engine import DynamicEngine
-from lightning_gr.plugins.process_groups import peers_named
+from lightning_gr.plugins.process_groups import group_named, peers_named
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -197,9 +197,12 @@ class _Sharder(ModuleSharder[nn.Module]):  # type: ignore[misc]
         assert env.process_group is not None
         assert env.process_group.size() == dist.get_world_size()
         peers = peers_named(f"dynamic tables {module_fqn}", num_groups=self._num_groups, timeout=self._timeout)
-        return ShardedDynamicCollection(
+        sharded = ShardedDynamicCollection(
             module, optimizer=self._optimizer, seed=self._seed, device=device or torch.device("cpu"), peers=peers
         )
+        if self._num_groups > 1:
+            sharded.engine.all_processes = group_named(f"dynamic tables {module_fqn}, all", timeout=self._timeout)
+        return sharded
 
     @property
     @override

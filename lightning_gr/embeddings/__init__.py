@@ -1,6 +1,11 @@
 """Embedding tables, their first values, and scores against rows that are spread over processes."""
 
-from lightning_gr.embeddings.candidate_block import CandidateBlock, corpus_share, process_group_of
+from lightning_gr.embeddings.candidate_block import (
+    CandidateBlock,
+    all_processes_of,
+    corpus_share,
+    process_group_of,
+)
 from lightning_gr.embeddings.static_tables import (
     deferred_tables,
     embedding_collection,
@@ -11,6 +16,7 @@ from lightning_gr.embeddings.static_tables import (
 
 __all__ = [
     "CandidateBlock",
+    "all_processes_of",
     "corpus_share",
     "deferred_tables",
     "embedding_collection",

@@ -36,6 +36,13 @@ def process_group_of(tables: nn.Module | None) -> dist.ProcessGroup | None:
     return group if group is not None and group.size() > 1 else None
 
 
+def all_processes_of(tables: nn.Module | None) -> dist.ProcessGroup | None:
+    """The processes that train together, whichever group of them has the rows; None of one process."""
+    if isinstance(engine := getattr(tables, "engine", None), DynamicEngine):
+        return engine.all_processes
+    return process_group_of(tables)
+
+
 def corpus_share(rows: Tensor | int, tables: nn.Module | None) -> Tensor:
     """The rows of a corpus that this process scores: all, or its share where the tables are sharded.
 

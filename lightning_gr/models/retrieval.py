@@ -23,7 +23,13 @@ from typing_extensions import override
 from lightning_gr.balancing.cost import TOKENS, SequenceCost, cost_of
 from lightning_gr.batch import PADDING_SAMPLE_ID, SequenceBatch
 from lightning_gr.data.raw_ids import refuse_static_tables
-from lightning_gr.embeddings import CandidateBlock, corpus_share, embedding_collection, process_group_of
+from lightning_gr.embeddings import (
+    CandidateBlock,
+    all_processes_of,
+    corpus_share,
+    embedding_collection,
+    process_group_of,
+)
 from lightning_gr.embeddings.dynamic import DynamicTables
 from lightning_gr.metrics import NDCG, HitRate, MeanReciprocalRank, WeightedMean
 from lightning_gr.models.corpus import Corpus, item_vocabulary
@@ -340,11 +346,11 @@ class RetrievalModule(pl.LightningModule):
         if TASK in batch.labels:
             targets_ND = self._normalised(features["target"])
             scores.positives_N = (queries_ND * targets_ND).sum(-1)
-        group = process_group_of(self.tables)
         if not self._has_negatives(batch):
-            corpus_CD = self._normalised(features["corpus"])
+            corpus_CD, group = self._normalised(features["corpus"]), process_group_of(self.tables)
             scores.candidates = CandidateBlock(corpus_CD, batch.features["corpus"].values(), group)
         else:
+            group = all_processes_of(self.tables)
             scores.candidates = CandidateBlock(targets_ND, batch.labels[TASK].values_N, group)
         return scores
 

@@ -44,6 +44,7 @@ class DynamicEngine(TableLookups):
             (TurboGR, arXiv 2605.13433, section 4.2.1); None takes `group`, without replicas.
 
     Attributes:
+        all_processes: those that train together; with replicas more than those over which the tables are cut.
         lr_factor: multiplies the learning rate of every table: the schedule's share.
         next_step: number of the step that is under way.
         time: seconds of the data's clock.
@@ -86,6 +87,7 @@ class DynamicEngine(TableLookups):
             peers=peers,
         )
         self.fused_update = fused_update
+        self.all_processes = self.group
         self.lr_factor = 1.0
         self.jobs: Jobs | None = None
         self._waiting: DynamicLookup | None = None
@@ -274,6 +276,8 @@ class DynamicEngine(TableLookups):
         urgent = True if lookup.exchange.travel.is_split else None
         lookup.exchange.travel.send_gradients(lookup.gradients, urgent)
         self._add_gradients(lookup, urgent)
+        if urgent is None:
+            lookup.gradients = []
 
     def _add_gradients(self, lookup: DynamicLookup, urgent: bool | None = None) -> None:
         """Waits for gradients, and keeps them for the step."""
