@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_gr.cli.errors import UserError
-from lightning_gr.cli.plan_memory import ID_BYTES, Memory, Scores, Table, distinct_ids, gib
+from lightning_gr.cli.plan_memory import ID_BYTES, Memory, Scores, Table, distinct_ids, gib, table_bytes
 from lightning_gr.cli.plan_network import CORPUS, MOST_TOKENS_COLLATED, collated, first_samples
 
 if TYPE_CHECKING:
@@ -138,7 +138,8 @@ def recommend(
         held: bytes of tables and of all that a rank holds, where so many ranks share a full set of tables.
         limit: bytes of a rank's memory; None asks for none.
         micro_steps: micro-batches of a step.
-        scores: against a corpus, whose rows then all are activated in every micro-batch.
+        scores: against a corpus, whose rows then all are activated in every micro-batch, and whose queries stay in a
+            group; those against labels of all ranks are the same whatever the groups, and left out.
         tokens: of a rank's micro-batch.
     """
     row_bytes = [table.dim * table.exchange_bytes for table in tables]
@@ -151,16 +152,15 @@ def recommend(
         keys, rows = ID_BYTES * sum(own), sum(n * b for n, b in zip(own, row_bytes, strict=True))
         # To each replica goes what the group activates of the rows that this rank holds.
         active = [n / size for n in distinct(size)]
+        in_group = dict(zip(_IN_GROUP, (0.0, keys, rows, rows), strict=True))
         if scores is not None and scores.candidates is not None:
+            queries = scores.exchanged_bytes(tokens, size) / (2 * max(size - 1, 1))
+            in_group |= {"queries": queries, "gradients of queries": queries}
             whole = [table.rows if CORPUS in table.features else None for table in tables]
             active = [n if rows_of is None else rows_of / size for n, rows_of in zip(active, whole, strict=True)]
         new_keys, gradients = ID_BYTES * sum(active), sum(n * b for n, b in zip(active, row_bytes, strict=True))
-        in_group = dict(zip(_IN_GROUP, (0.0, keys, rows, rows), strict=True))
         between = dict(zip(_BETWEEN, (0.0, new_keys, gradients), strict=True))
-        if scores is not None:
-            queries = scores.exchanged_bytes(tokens, size) / (2 * max(size - 1, 1))
-            in_group |= {"queries": queries, "gradients of queries": queries}
-        table_bytes, total = held(size)
+        own_tables, total = held(size)
         choices.append(
             GroupChoice(
                 table_groups=groups,
@@ -168,7 +168,7 @@ def recommend(
                 replica_bytes=micro_steps * (groups - 1) * sum(between.values()),
                 group_seconds=micro_steps * sum(network.seconds(ranks_N // size, x) for x in in_group.values()),
                 replica_seconds=micro_steps * sum(network.seconds(ranks_N % size, x) for x in between.values()),
-                table_bytes=table_bytes,
+                table_bytes=own_tables,
                 total_bytes=total,
                 fits=limit is None or total <= limit,
             )
@@ -256,9 +256,12 @@ def advise(
     )
     few, many = ((batch.num_tokens, [distinct_ids(batch, table) for table in tables]) for batch in (samples, more))
 
+    spread = memory.scores is not None and memory.scores.candidates is not None
+
     def held(ranks: int) -> tuple[float, float]:
-        footprint = memory.on(ranks, dealt.most_tokens)
-        return footprint.tables, footprint.total
+        own_tables = table_bytes(tables, ranks)
+        rest = memory.on(ranks if spread else dealt.ranks, dealt.most_tokens)
+        return own_tables, own_tables + rest.total - rest.tables
 
     advice = recommend(
         tables,
