@@ -264,13 +264,14 @@ class SequenceBalancedStrategy(DDPStrategy):
         self._check_precision()
         self.model = self._dmp
         self._dynamic = DynamicTraining(self.lightning_module)
-        check_group_memory(
-            table_budgets(self._dynamic.engines.values()),
-            world_size=self.world_size,
-            table_groups=self.table_groups,
-            device_bytes=device_memory(self.root_device),
-            host_bytes=host_memory() // self.num_processes,
-        )
+        if self.table_groups > 1:
+            check_group_memory(
+                table_budgets(self._dynamic.engines.values()),
+                world_size=self.world_size,
+                table_groups=self.table_groups,
+                device_bytes=device_memory(self.root_device),
+                host_bytes=host_memory() // self.num_processes,
+            )
         if trainer.state.fn == TrainerFn.FITTING:
             self._check_settings(trainer)
             # Before the optimisers: a schedule may ask the Trainer for the length of the loader, which is made then.

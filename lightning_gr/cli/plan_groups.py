@@ -25,9 +25,6 @@ if TYPE_CHECKING:
     from lightning_gr.cli.plan_balance import Deal
     from lightning_gr.cli.plan_recipe import Recipe
 
-_IN_GROUP = ("sizes", "keys", "rows", "gradients")
-_BETWEEN = ("sizes", "keys", "gradients")
-
 
 @dataclass(frozen=True)
 class Link:
@@ -152,22 +149,22 @@ def recommend(
         keys, rows = ID_BYTES * sum(own), sum(n * b for n, b in zip(own, row_bytes, strict=True))
         # To each replica goes what the group activates of the rows that this rank holds.
         active = [n / size for n in distinct(size)]
-        in_group = dict(zip(_IN_GROUP, (0.0, keys, rows, rows), strict=True))
+        in_group = [0.0, keys, rows, rows]  # sizes, keys, rows, gradients: bytes to each
         if scores is not None and scores.candidates is not None:
             queries = scores.exchanged_bytes(tokens, size) / (2 * max(size - 1, 1))
-            in_group |= {"queries": queries, "gradients of queries": queries}
+            in_group += [queries, queries]  # and their gradients
             whole = [table.rows if CORPUS in table.features else None for table in tables]
             active = [n if rows_of is None else rows_of / size for n, rows_of in zip(active, whole, strict=True)]
         new_keys, gradients = ID_BYTES * sum(active), sum(n * b for n, b in zip(active, row_bytes, strict=True))
-        between = dict(zip(_BETWEEN, (0.0, new_keys, gradients), strict=True))
+        between = [0.0, new_keys, gradients]  # with sizes
         own_tables, total = held(size)
         choices.append(
             GroupChoice(
                 table_groups=groups,
-                group_bytes=micro_steps * (size - 1) * sum(in_group.values()),
-                replica_bytes=micro_steps * (groups - 1) * sum(between.values()),
-                group_seconds=micro_steps * sum(network.seconds(ranks_N // size, x) for x in in_group.values()),
-                replica_seconds=micro_steps * sum(network.seconds(ranks_N % size, x) for x in between.values()),
+                group_bytes=micro_steps * (size - 1) * sum(in_group),
+                replica_bytes=micro_steps * (groups - 1) * sum(between),
+                group_seconds=micro_steps * sum(network.seconds(ranks_N // size, x) for x in in_group),
+                replica_seconds=micro_steps * sum(network.seconds(ranks_N % size, x) for x in between),
                 table_bytes=own_tables,
                 total_bytes=total,
                 fits=limit is None or total <= limit,
