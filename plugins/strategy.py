@@ -247,7 +247,7 @@ class SequenceBalancedStrategy(DDPStrategy):
         check_table_groups(self.table_groups, self.world_size)
         # Before the wrap: the shards of tables have a type of their own.
         self.precision_plugin.convert_module(self.lightning_module)
-        self._dmp, self._sparse_base_lrs, _ = wrap_module(
+        self._dmp, self._sparse_base_lrs, used = wrap_module(
             self.lightning_module,
             sharding=self.sharding,
             sparse_optimizer=self.sparse_optimizer,
@@ -261,14 +261,15 @@ class SequenceBalancedStrategy(DDPStrategy):
             timeout=self.collective_timeout,
             table_groups=self.table_groups,
         )
+        table_groups = used["table_groups"]  # an earlier strategy may have cut the tables
         self._check_precision()
         self.model = self._dmp
         self._dynamic = DynamicTraining(self.lightning_module)
-        if self.table_groups > 1:
+        if table_groups > 1:
             check_group_memory(
                 table_budgets(self._dynamic.engines.values()),
                 world_size=self.world_size,
-                table_groups=self.table_groups,
+                table_groups=table_groups,
                 device_bytes=device_memory(self.root_device),
                 host_bytes=host_memory() // self.num_processes,
             )
@@ -288,7 +289,7 @@ class SequenceBalancedStrategy(DDPStrategy):
                 sparse_update=self.sparse_update,
                 sync_steps=self.sync_steps,
                 schedule=self.schedule,
-                table_groups=self.table_groups,
+                table_groups=table_groups,
             )
             self.setup_optimizers(trainer)
         self.setup_precision_plugin()

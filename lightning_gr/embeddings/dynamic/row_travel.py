@@ -154,10 +154,13 @@ class RowTravel:
 
     def rows(self) -> list[Tensor]:
         """Waits for the rows; float32, of each physical table, in the order that `LookupExchange.places` count in."""
-        if self._inverses is None:
-            return self._rows
         whole: list[Tensor] = []
-        for flat, work, marked_S in self._row_parts:
+        # Kept here they would hold what their hooks hold: a circle that would keep a batch's rows alive.
+        if self._inverses is None:
+            whole, self._rows = self._rows, []
+            return whole
+        parts, self._row_parts = self._row_parts, []
+        for flat, work, marked_S in parts:
             work.wait()
             if marked_S is None:
                 return self._from_flat(flat, self._sent_WP)
@@ -203,6 +206,8 @@ class RowTravel:
         kept_U = None if urgent is None else self._kept_keys(urgent)
         if self._inverses is None:
             sums = self._gradients
+            if urgent is not True:
+                self._gradients = []
             if kept_U is not None:
                 # One process; of several groups each has its own keys.
                 sums = [g[x] for g, x in zip(sums, self._of_own(kept_U), strict=True)]
