@@ -98,8 +98,7 @@ def run_in_background(
             "their norm needs every gradient before the dense step, which semi_async does not wait for; use "
             "sparse_update=exact_async, or gradient_clip_algorithm=value"
         )
-        by_value = str(trainer.gradient_clip_algorithm or "").endswith("value")
-        if trainer.gradient_clip_val and not by_value:
+        if trainer.gradient_clip_val and trainer.gradient_clip_algorithm != "value":
             raise MisconfigurationException(
                 f"{mode}: gradient_clip_val={trainer.gradient_clip_val} clips gradients by their norm; {why}"
             )

@@ -62,6 +62,9 @@ class SparseSchedule:
         self._number = -1
         self._ahead: dict[str, tuple[StagedBatch, list[Future[Any]]]] = {}
         self._jobs: StageThread | _OnStream | None = None
+        self._closed = False
+        for engine in self._engines.values():
+            engine.begin_fit()
         if engines and (self.runs_ahead or num_groups > 1):
             self._jobs = StageThread("tables") if device.type == "cpu" else _OnStream(device)
             for path, engine in self._engines.items():
@@ -97,6 +100,8 @@ class SparseSchedule:
 
     def settle(self) -> None:
         """As `join`; rows that were sent ahead are forgotten, and their lookups done anew."""
+        if self._closed:
+            return  # after a failure the thread may still be in a call
         for engine in self._engines.values():
             engine.settle()
 
@@ -106,67 +111,85 @@ class SparseSchedule:
         Args:
             abandon: whether what is under way is forgotten, since other ranks may never answer.
         """
+        self._closed = True
         if isinstance(self._jobs, StageThread):
-            self._jobs.close()
+            self._jobs.close(abandon=abandon)
         self._jobs = None
         for engine in self._engines.values():
-            engine.jobs = None
+            engine.jobs = engine.before_find = None
             if abandon:
                 engine.abandon()
 
     # ---- a step ------------------------------------------------------------------------------------------------
 
-    def carry_out(self, present: StagedBatch, *, made: set[str]) -> None:
-        """Before a forward: the tables change by what the batch looks up; rows that are not on their way yet are sent.
+    def begin_batch(
+        self, present: StagedBatch, following: StagedBatch | None, *, made: set[str], step: int, step_ends: bool
+    ) -> None:
+        """Before a forward: the tables change, and the next batch's rows are read, where it looks up the present ones.
 
         Args:
             present: the batch that trains.
-            made: collections of which the training step looks up features that it makes itself.
-        """
-        self._number = present.number
-        if not self.runs_ahead:
-            return
-        for path, engine in self._engines.items():
-            lookups = present.lookups.dynamic.get(path, [])
-            if path in made or not lookups:
-                continue
-            staged, jobs = self._ahead.pop(path, (None, []))
-            ahead = staged is present and not lookups[0].forgotten
-            job = self._submit(None, functools.partial(self._look_up, engine, lookups, present.number))
-            for place, lookup in enumerate(lookups):
-                lookup.jobs += jobs if ahead and place == 0 else [job]
-
-    def _look_up(self, engine: DynamicEngine, lookups: list[DynamicLookup], number: int) -> None:
-        for lookup in lookups:
-            if lookup.plans:
-                engine.carry_out(lookup)
-            else:
-                with self._log.record("embed", number):
-                    engine.look_up(lookup)
-
-    def look_ahead(
-        self, present: StagedBatch | None, following: StagedBatch | None, *, made: set[str], step: int, step_ends: bool
-    ) -> None:
-        """Reads and sends the rows of the next batch, after `carry_out`.
-
-        Only the first lookup of a collection goes ahead, since a second one depends on what the first changes.
-
-        Args:
-            present: the batch that trains; None where its lookups were done in the forward.
             following: the one behind it; None where there is none.
-            made: as of `carry_out`.
+            made: collections of which the training step looks up features that it makes itself.
             step: number of the optimizer's step.
             step_ends: whether the batch is the last of its step.
         """
+        self._number = present.number
+        self._ahead = {path: ahead for path, ahead in self._ahead.items() if ahead[0] is present}
+        for path, engine in self._engines.items():
+            lookups = present.lookups.dynamic.get(path, [])
+            if not self.runs_ahead or path in made or not lookups:
+                engine.before_find = None
+                continue
+
+            def before_find(lookup: DynamicLookup, path: str = path, lookups: list[DynamicLookup] = lookups) -> None:
+                if lookup not in lookups:
+                    return
+                self._carry_out(path, lookup, present, is_first=lookup is lookups[0])
+                if lookup is lookups[-1]:
+                    self._look_ahead(path, lookups, following, step=step, step_ends=step_ends)
+
+            engine.before_find = before_find
+
+    def after_batch(self, following: StagedBatch | None, *, made: set[str], step: int, step_ends: bool) -> None:
+        """After a forward whose lookups were not known before it: the next batch's rows are read."""
+        for path, engine in self._engines.items():
+            if path not in made:
+                self._look_ahead(path, engine.open_lookups, following, step=step, step_ends=step_ends)
+
+    def _carry_out(self, path: str, lookup: DynamicLookup, present: StagedBatch, *, is_first: bool) -> None:
+        """Hands in what a lookup does to the tables; rows that are not on their way yet are sent."""
+        _, jobs = self._ahead.pop(path, (None, [])) if is_first else (None, [])
+        job = self._submit(None, functools.partial(self._look_up, self._engines[path], lookup, present.number))
+        # What was read ahead does not wait for the update of the step before.
+        lookup.jobs += jobs if jobs and not lookup.forgotten else [job]
+
+    def _look_up(self, engine: DynamicEngine, lookup: DynamicLookup, number: int) -> None:
+        if lookup.plans:
+            engine.carry_out(lookup)
+            return
+        with self._log.record("embed", number):
+            engine.look_up(lookup)
+
+    def _look_ahead(
+        self,
+        path: str,
+        present: list[DynamicLookup],
+        following: StagedBatch | None,
+        *,
+        step: int,
+        step_ends: bool,
+    ) -> None:
+        """Hands in the reading and sending of the next batch's rows.
+
+        Only the first lookup of a collection goes ahead, since a second one depends on what the first changes.
+        """
         if not self.runs_ahead or following is None or following.lookups.is_empty:
             return
-        if step + step_ends < self._sync_steps:
-            return
-        for path, engine in self._engines.items():
-            if path in made:
-                continue
-            own = engine.open_lookups if present is None else present.lookups.dynamic.get(path, [])
-            call = functools.partial(self._look_up_ahead, engine, path, list(own), following, step_ends)
+        if step + step_ends >= self._sync_steps:
+            call = functools.partial(
+                self._look_up_ahead, self._engines[path], path, list(present), following, step_ends
+            )
             self._ahead[path] = (following, [self._submit(None, call)])
 
     def _look_up_ahead(

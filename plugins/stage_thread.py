@@ -20,6 +20,7 @@ class StageThread:
 
     def __init__(self, name: str) -> None:
         self._calls: queue.SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = queue.SimpleQueue()
+        self._abandoned = False
         self._last: Future[Any] = done(lambda: None)
         threading.Thread(target=self._work, name=f"lightning-gr-{name}", daemon=True).start()
 
@@ -34,14 +35,17 @@ class StageThread:
         """Waits for all calls that were handed in; raises the error of one that failed."""
         self._last.result()
 
-    def close(self) -> None:
-        """Ends the thread after the calls that were handed in."""
+    def close(self, *, abandon: bool = False) -> None:
+        """Ends the thread after the calls that were handed in; to abandon them, they fail instead of beginning."""
+        self._abandoned = abandon
         self._calls.put(None)
 
     def _work(self) -> None:
         failed: BaseException | None = None
         while (entry := self._calls.get()) is not None:
             future, call = entry
+            if self._abandoned:
+                failed = failed or RuntimeError("given up after a failure elsewhere")
             if failed is not None:
                 future.set_exception(failed)
                 continue

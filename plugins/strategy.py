@@ -265,6 +265,8 @@ class SequenceBalancedStrategy(DDPStrategy):
         self._check_precision()
         self.model = self._dmp
         self._dynamic = DynamicTraining(self.lightning_module)
+        if table_groups > 1 and not self._dynamic.engines:
+            rank_zero_warn(f"table_groups={table_groups}: not used, since the module has no dynamic tables")
         if table_groups > 1:
             check_group_memory(
                 table_budgets(self._dynamic.engines.values()),

@@ -118,7 +118,13 @@ class TrainingPipeline:
         """
         trainer = self._module.trainer
         loader = self._balanced(loader, trainer)
-        if self._depth == 0 or "dataloader_iter" in inspect.signature(self._module.training_step).parameters:
+        by_iterator = "dataloader_iter" in inspect.signature(self._module.training_step).parameters
+        if by_iterator and self.tables.runs_ahead:
+            rank_zero_warn(
+                f"sparse_update={self.tables.mode}: training_step takes dataloader_iter, so no batch is known ahead of "
+                "its step, and all of them stay synchronous; take the batch instead"
+            )
+        if self._depth == 0 or by_iterator:
             return loader
         skip_hook_of_staged_batches(self._module, StagedBatch)
         self.stop(wait=True)
@@ -140,7 +146,8 @@ class TrainingPipeline:
         """Whether a batch is that of one loader; of several, Lightning puts batches together behind this."""
         if isinstance(self._module.trainer.train_dataloader, PipelinedLoader):
             return True
-        rank_zero_warn(f"pipeline_depth={self._depth}: not used, since there are several training loaders")
+        ahead = f", nor is sparse_update={self.tables.mode}" if self.tables.runs_ahead else ""
+        rank_zero_warn(f"pipeline_depth={self._depth}: not used{ahead}, since there are several training loaders")
         return False
 
     def cost(self) -> SequenceCost:
@@ -268,27 +275,18 @@ class TrainingPipeline:
             yield
             return
         assert self._loader is not None
+        step = self._module.trainer.global_step
         if lookups.knows:
-            self.tables.carry_out(present, made=lookups.made)
-            self._look_ahead(present, step_ends)
+            following = self._loader.following()
+            self.tables.begin_batch(present, following, made=lookups.made, step=step, step_ends=step_ends)
             yield
             return
+        self.tables.begin_batch(present, None, made=lookups.made, step=step, step_ends=step_ends)
         with lookups.learning(present.batch):
             yield
         if self.tables.runs_ahead:
             self._loader.look_up_rest()
-            self._look_ahead(None, step_ends)
-
-    def _look_ahead(self, present: StagedBatch | None, step_ends: bool) -> None:
-        assert self._lookups is not None
-        assert self._loader is not None
-        self.tables.look_ahead(
-            present,
-            self._loader.following(),
-            made=self._lookups.made,
-            step=self._module.trainer.global_step,
-            step_ends=step_ends,
-        )
+            self.tables.after_batch(self._loader.following(), made=lookups.made, step=step, step_ends=step_ends)
 
     def stepped(self) -> None:
         """Records the compute of the present batch up to here: its backward, or the optimiser's step."""

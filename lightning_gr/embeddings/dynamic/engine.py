@@ -9,13 +9,14 @@ Shape suffixes: N looked-up ids, U distinct keys, D width, T tables.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_gr.embeddings.dynamic.dynamic_lookup import DynamicLookup, Jobs
 from lightning_gr.embeddings.dynamic.exchange import Dedup, ExchangePrecision
@@ -52,6 +53,7 @@ class DynamicEngine(TableLookups):
         traffic: collectives and bytes by what they carry: `keys`, `rows`, `gradients` and `flags` inside the group,
             `replica_keys` and `replica_gradients` between groups.
         jobs: where exchanges and changes of tables run, one after the other; None means where they are asked for.
+        before_find: called with each lookup of training that a forward is about to do.
 
     Raises:
         ValueError: a setting that cannot work, by name.
@@ -90,6 +92,7 @@ class DynamicEngine(TableLookups):
         self.all_processes = self.group
         self.lr_factor = 1.0
         self.jobs: Jobs | None = None
+        self.before_find: Callable[[DynamicLookup], None] | None = None
         self._waiting: DynamicLookup | None = None
         self._unfinished: list[DynamicLookup] = []
         self._limit: float | None = None
@@ -104,6 +107,8 @@ class DynamicEngine(TableLookups):
 
         An error of a physical table leaves it as it was; tables before it have done their lookup.
         """
+        if self.before_find is not None and lookup.training:
+            self.before_find(lookup)
         if not lookup.jobs:
             if lookup.training:
                 self.settle()
@@ -165,7 +170,7 @@ class DynamicEngine(TableLookups):
             lookup.gradients = []
         for p in range(len(self.tables)):
             self._update(p, self._pending[p].merged(), lr_factor, limit)
-        self.end_step()
+        self._end_step()
 
     @property
     def open_lookups(self) -> list[DynamicLookup]:
@@ -354,12 +359,16 @@ class DynamicEngine(TableLookups):
     @torch.no_grad()
     def end_step(self) -> None:
         """Ends a step without an update of rows, or after it; pending gradients are dropped."""
+        self._limit = None
+        self._unfinished.clear()
+        self._end_step()
+
+    def _end_step(self) -> None:
+        # By a job too, so nothing that belongs to the next step's forward and backward is touched.
         for p, table in enumerate(self.tables):
             self._pending[p].clear()
             table.commit_step(self.next_step)
         self.next_step += 1
-        self._limit = None
-        self._unfinished.clear()
 
     def drop_gradients(self) -> None:
         """Forgets all pending gradients; every process does so at the same point."""
@@ -368,9 +377,13 @@ class DynamicEngine(TableLookups):
             pending.clear()
 
     def abandon(self) -> None:
-        """Forgets lookups and gradients under way, without waiting, as after a failure of another process."""
+        """Forgets lookups under way, without waiting, as after a failure of another process."""
         for unfinished in (self._open, self._ahead, self._unfinished):
             unfinished.clear()
+
+    def begin_fit(self) -> None:
+        """Forgets what an earlier fit has left behind, as a failed one does; nothing is under way."""
+        self.abandon()
         self._waiting = self._limit = None
         for pending in self._pending:
             pending.clear()
@@ -405,6 +418,11 @@ class DynamicEngine(TableLookups):
         p, local = self.logical[t]
         ids_N = ids_N.to(self.device, torch.int64)
         return self.tables[p].delete(ids_N[self.owned(t, ids_N)], local)
+
+    @override
+    def set_scores(self, ids_N: Tensor, scores_N: Tensor, name: str) -> None:
+        self.settle()  # who is evicted next may have been planned by the scores before
+        super().set_scores(ids_N, scores_N, name)
 
     def upsert(self, ids_N: Tensor, values_ND: Tensor, name: str) -> int:
         """Writes rows, of new keys too; every process calls it with the same ids.

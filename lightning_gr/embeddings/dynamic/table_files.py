@@ -299,7 +299,8 @@ def _add(table: DynamicTable, k: int, piece: dict[str, Tensor], path: Path) -> N
 
 def _agree(engine: DynamicEngine, failure: Exception | None, what: str) -> None:
     """Waits for all processes; where one has failed, all fail, so that none goes on alone."""
-    first = engine.rank if failure is not None else engine.world_size
+    own, none = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    first = none if failure is None else own
     for group in (engine.group, engine.replicas):
         if group is not None:
             first_failed = torch.tensor(first, device=engine.device)
@@ -307,7 +308,7 @@ def _agree(engine: DynamicEngine, failure: Exception | None, what: str) -> None:
             first = int(first_failed)
     if failure is not None:
         raise failure
-    if first < engine.world_size:
+    if first < none:
         raise ValueError(f"{what} by process {first}; its own message says why")
 
 
