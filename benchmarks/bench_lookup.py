@@ -83,6 +83,7 @@ def dynamic_step(data: list[Tensor], weights: Tensor) -> tuple[Step, Any]:
         DynamicTableConfig,
         SparseOptimizerConfig,
     )
+    from lightning_gr.embeddings.dynamic.peers import Peers
     from lightning_gr.plugins.dynamic_sharding import ShardedDynamicCollection
 
     tables = [DynamicTableConfig(name=key, embedding_dim=DIM, feature_names=[key]) for key in KEYS]
@@ -93,7 +94,7 @@ def dynamic_step(data: list[Tensor], weights: Tensor) -> tuple[Step, Any]:
         optimizer=SparseOptimizerConfig(name="rowwise_adagrad", lr=LR),
         seed=0,
         device=torch.device("cpu"),
-        group=group,
+        peers=Peers(own=group),
     )
     features = [jagged(mix64(rows)) for rows in data]
 

@@ -215,9 +215,10 @@ class SparseSchedule:
     def end_step(self) -> None:
         """After the dense optimizer's step: rows are updated, in the background."""
         for path, engine in self._engines.items():
-            job = engine.step_later()
-            if path in self._ahead:
-                self._ahead[path][1].append(job)
+            late = engine.step_later()
+            # Rows of `semi_async` are on their way already and wait for no gradient.
+            if self.mode == "exact_async" and path in self._ahead:
+                self._ahead[path][1].append(late)
 
 
 class _OnStream:
