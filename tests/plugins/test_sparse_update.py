@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import time
 from collections import defaultdict
 from collections.abc import Callable, Collection
 from dataclasses import asdict
@@ -171,7 +172,8 @@ class Recorder(pl.Callback):
         self.save = save
 
     def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        self.losses.append(float(outputs["loss"]))
+        if outputs:  # empty where the step returned None
+            self.losses.append(float(outputs["loss"]))
         if self.save is not None and len(self.losses) == self.save[1]:
             trainer.save_checkpoint(self.save[0])
 
@@ -677,6 +679,87 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
         for x in (0, 1, 3)
     },
 }
+
+
+class SlowUpdates(pl.Callback):
+    """Updates that are still under way when the next step's backward has ended."""
+
+    def setup(self, trainer: Any, module: Any, stage: str) -> None:
+        from lightning_gr.embeddings.dynamic.engine import DynamicEngine
+
+        self.finish = finish = DynamicEngine._finish_step
+
+        def slow(engine: Any, *args: Any) -> None:
+            time.sleep(0.03)
+            finish(engine, *args)
+
+        DynamicEngine._finish_step = slow  # type: ignore[method-assign]
+
+    def on_before_optimizer_step(self, trainer: Any, module: Any, optimizer: Any) -> None:
+        time.sleep(0.06)
+
+    def teardown(self, trainer: Any, module: Any, stage: str) -> None:
+        from lightning_gr.embeddings.dynamic.engine import DynamicEngine
+
+        DynamicEngine._finish_step = self.finish  # type: ignore[method-assign]
+
+
+class ByHand(pl.Callback):
+    """Changes tables between steps, or leaves a step out before or after its forward."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def setup(self, trainer: Any, module: Any, stage: str) -> None:
+        step = module.training_step
+
+        def training_step(batch: Any, batch_idx: int) -> Any:
+            if batch_idx in (3, 4) and self.what == "none before the forward":
+                return None
+            if batch_idx == 5 and self.what == "deleted in the step":
+                module.rows.engine.delete(torch.tensor([key(x) for x in range(6)]), "b")
+            output = step(batch, batch_idx)
+            return None if batch_idx in (3, 4) and self.what == "none after the forward" else output
+
+        module.training_step = training_step
+
+    def on_train_batch_end(self, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        engine, ids = module.rows.engine, torch.tensor([key(x) for x in range(14)])
+        scores = torch.rand(len(ids), generator=torch.Generator().manual_seed(batch_idx))
+        if self.what == "scores":
+            engine.set_scores(ids, scores, "b")
+        if self.what == "deleted between steps" and batch_idx % 3 == 0:
+            engine.delete(ids[:5], "b")
+        if self.what == "upserted between steps" and batch_idx % 3 == 0:
+            engine.upsert(ids[:5], scores[:5, None].expand(-1, PARTS["b"]), "b")
+
+
+CLIPPED = {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}
+
+
+@pytest.mark.parametrize(("mode", "settings"), [(EXACT, {}), (EXACT, CLIPPED), (SEMI, CLIPPED)])
+def test_an_update_that_takes_long_changes_no_number(gloo: Any, mode: dict[str, Any], settings: dict[str, Any]) -> None:
+    run = functools.partial(gloo(2).run, fit, samples(shared=True, steps=8), **settings)
+    wanted = run(strategy={} if mode is EXACT else mode)
+    assert_same(run(strategy=mode, callbacks=[SlowUpdates()]), wanted)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "scores",
+        "deleted between steps",
+        "upserted between steps",
+        "deleted in the step",
+        "none before the forward",
+        "none after the forward",
+    ],
+)
+def test_tables_changed_by_hand_and_steps_left_out(gloo: Any, what: str) -> None:
+    policy = {"max_rows": 8, "rows_per_group": 8, "evict": {"policy": "score" if what == "scores" else "lru"}}
+    model = {"policy": policy | {"admission": {"min_count": 2}}}
+    run = functools.partial(gloo(1).run, fit, samples(shared=True), model=model, callbacks=[ByHand(what)])
+    assert_same(run(strategy=EXACT), run(strategy={}))
 
 
 def said(settings: dict[str, Any]) -> str:
