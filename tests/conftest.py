@@ -16,6 +16,12 @@ import pytest
 GPUS = int(os.environ.get("LIGHTNING_GR_TEST_GPUS", "0"))
 """GPUs, one a rank, over NCCL, as multi_gpu.sh sets it; 0 means ranks on the CPU over gloo."""
 
+PRELOADED = ["lightning.pytorch", "torchrec", "lightning_gr.plugins", "lightning_gr.plugins.dynamic_sharding"]
+"""What processes of tests have imported when they start."""
+
+MOST_KEPT = 4
+"""Ranks of the largest pool that is kept: threads of gloo cost time where they wait, too."""
+
 
 def _load(file: str) -> Any:
     # Folders have files of the same name.
@@ -68,7 +74,9 @@ class GlooPool:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        context = multiprocessing.get_context("spawn")
+        # Forked from one process that has done the imports, which take seconds each.
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(PRELOADED)
         self.world_size, self.closed = world_size, False
         self._pipes, self._processes = [], []
         for rank in range(world_size):
@@ -109,6 +117,8 @@ def gloo() -> Iterator[Callable[[int], GlooPool]]:
     def pool(world_size: int) -> GlooPool:
         if 0 < GPUS < world_size:
             pytest.skip(f"{world_size} ranks on {GPUS} GPUs")
+        for size in [n for n in pools if n > MOST_KEPT and n != world_size]:
+            pools.pop(size).close()
         if world_size not in pools or pools[world_size].closed:
             pools[world_size] = GlooPool(world_size)
         return pools[world_size]

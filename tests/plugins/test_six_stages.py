@@ -17,6 +17,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.conftest import PRELOADED
+
 pytestmark = pytest.mark.dist
 
 BATCHES = 14
@@ -352,7 +354,7 @@ def test_an_error_in_any_stage_ends_every_rank(stage: str) -> None:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["lightning_gr.plugins", "lightning_gr.plugins.dynamic_sharding", "torchrec"])
+    context.set_forkserver_preload(PRELOADED)
     happened, pipes, processes = context.Value("d", 0.0), [], []
     for rank in range(2):
         ours, theirs = context.Pipe(duplex=False)
