@@ -11,13 +11,14 @@ PIP := $(RUN) -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
 PINS := constraints/cpu.txt
 WORKERS := 2
 
-.PHONY: demo test lint env clean
+.PHONY: demo test test-all lint env clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
 help:
 	@echo "make demo [DATA=events.csv]  train on two processes and show recommendations"
-	@echo "make test                    all tests that need no GPU"
+	@echo "make test                    tests that need no GPU"
+	@echo "make test-all                the same with the long ones"
 	@echo "make lint                    ruff and mypy"
 	@echo "make env                     the environment in $(VENV), made by the others if it is missing"
 	@echo "make clean                   remove caches and build products, keep $(VENV) and outputs"
@@ -26,6 +27,9 @@ demo: $(STAMP)
 	@$(RUN) -m lightning_gr demo $(if $(DATA),--data "$(DATA)")
 
 test: $(STAMP)
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m "not gpu and not long" -n $(WORKERS) --dist loadfile
+
+test-all: $(STAMP)
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m "not gpu" -n $(WORKERS) --dist loadfile
 
 lint: $(STAMP)

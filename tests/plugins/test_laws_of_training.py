@@ -308,7 +308,10 @@ def test_micro_steps_and_accumulation_are_one_large_batch(gloo: Any, logs: Any, 
     assert len(batches) >= 3, "micro-steps should differ by the number of ranks"
 
 
-@pytest.mark.parametrize("partitioner", ["lpt", "karmarkar_karp", "zigzag", "contiguous"])
+@pytest.mark.parametrize(
+    "partitioner",
+    ["lpt", "contiguous", *(pytest.param(x, marks=pytest.mark.long) for x in ("karmarkar_karp", "zigzag"))],
+)
 def test_the_partitioner_does_not_change_the_curve(gloo: Any, logs: Any, truth: Any, partitioner: str) -> None:
     one = truth(data=MICRO["data"], max_steps=20)
     for balancing in ({}, MICRO["balancing"], {"cost": "tokens"}):
@@ -596,7 +599,10 @@ def train_streams(
 
 @pytest.mark.parametrize("mode", ["local", "exchange"])
 @pytest.mark.parametrize("kind", ["dense", "static", "dynamic"])
-@pytest.mark.parametrize(("accumulate", "budget"), [(1, None), (1, 20), (3, None), (3, 20)])
+@pytest.mark.parametrize(
+    ("accumulate", "budget"),
+    [(1, None), pytest.param(1, 20, marks=pytest.mark.long), pytest.param(3, None, marks=pytest.mark.long), (3, 20)],
+)
 def test_own_streams_equal_one_process_fed_their_union(
     gloo: Any, mode: str, kind: str, accumulate: int, budget: int | None
 ) -> None:

@@ -195,7 +195,10 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", RUNS)
+LONG = ("one batch", "by steps", "a part", "clipped")
+
+
+@pytest.mark.parametrize("case", [pytest.param(x, marks=pytest.mark.long) if x in LONG else x for x in RUNS])
 def test_it_is_the_plain_loop_bit_for_bit(gloo: Any, case: str) -> None:
     number, settings = RUNS[case]
     plain = gloo(2).run(fit, PLAIN, **settings)
@@ -348,7 +351,10 @@ class _Said(logging.Handler):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [*STAGES, *AHEAD])
+@pytest.mark.parametrize(
+    "stage",
+    [pytest.param(x, marks=pytest.mark.long) if x in ("copy", "exchange", "train") else x for x in (*STAGES, *AHEAD)],
+)
 def test_an_error_in_any_stage_ends_every_rank(stage: str) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -389,7 +389,7 @@ def test_groups_of_ranks_train_as_one(gloo: Any, log: str, truth: Any, sparse: s
     assert any(not ids for rank in many for ids in rank["ids"]), "some ranks should be without samples"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_three_groups_and_groups_of_three(gloo: Any, log: str, truth: Any) -> None:
     settings = {"sparse": "adam", "max_steps": 12}
     for groups in (2, 3):
@@ -417,7 +417,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", SETTINGS)
+LONG = ("row-wise", "mixed rows", "distinct on arrival", "apart", "updated in backward", "not pipelined")
+
+
+@pytest.mark.parametrize("case", [pytest.param(x, marks=pytest.mark.long) if x in LONG else x for x in SETTINGS])
 def test_with_other_settings(gloo: Any, log: str, truth: Any, case: str) -> None:
     settings = {"max_steps": 12} | SETTINGS[case]
     # What a micro-batch evicts depends on its cut. Keys of all groups are always made distinct.
