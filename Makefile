@@ -27,10 +27,10 @@ demo: $(STAMP)
 	@$(RUN) -m lightning_gr demo $(if $(DATA),--data "$(DATA)")
 
 test: $(STAMP)
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m "not gpu and not long" -n $(WORKERS) --dist loadfile
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m "not gpu and not long" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test-all: $(STAMP)
-	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m "not gpu" -n $(WORKERS) --dist loadfile
+	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m "not gpu" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 lint: $(STAMP)
 	@$(RUN) -m ruff check .

@@ -67,6 +67,11 @@ def _work(rank: int, world_size: int, port: int, pipe: Any) -> None:
             pipe.send((False, traceback.format_exc()))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Guides and the wheel first: few tests that take long, for which one worker would be waited for at the end."""
+    items.sort(key=lambda item: os.path.dirname(item.path) != os.path.dirname(__file__))
+
+
 class GlooPool:
     """Runs a function of a test file on every rank of a world and returns the ranks' results in order."""
 
