@@ -331,7 +331,7 @@ def test_static_tables(gloo: Any, logs: Any, truth: Any, sparse: str, loss: str)
         assert samples(many) == samples(one)
 
 
-@pytest.mark.parametrize("sparse", ["adagrad", "rowwise_adagrad", "adam"])
+@pytest.mark.parametrize("sparse", [pytest.param("adagrad", marks=pytest.mark.long), "rowwise_adagrad", "adam"])
 def test_dynamic_tables_with_policies(gloo: Any, logs: Any, truth: Any, sparse: str) -> None:
     settings = {"kind": "dynamic", "sparse": sparse, "model": {"max_rows": 26}}
     one = truth(**settings)
@@ -360,7 +360,7 @@ def test_dynamic_tables_in_micro_steps_with_one_norm_clipped(gloo: Any, logs: An
 
 
 @pytest.mark.parametrize("log", ["one user", "length 1"])
-@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("kind", [pytest.param("static", marks=pytest.mark.long), "dynamic"])
 def test_a_single_user_and_sequences_of_one_token(gloo: Any, logs: Any, truth: Any, log: str, kind: str) -> None:
     settings = {"kind": kind, "max_steps": 12}
     one = truth(log, **settings)
@@ -601,7 +601,7 @@ def train_streams(
 @pytest.mark.parametrize("kind", ["dense", "static", "dynamic"])
 @pytest.mark.parametrize(
     ("accumulate", "budget"),
-    [(1, None), pytest.param(1, 20, marks=pytest.mark.long), pytest.param(3, None, marks=pytest.mark.long), (3, 20)],
+    [*(pytest.param(*x, marks=pytest.mark.long) for x in ((1, None), (1, 20), (3, None))), (3, 20)],
 )
 def test_own_streams_equal_one_process_fed_their_union(
     gloo: Any, mode: str, kind: str, accumulate: int, budget: int | None
