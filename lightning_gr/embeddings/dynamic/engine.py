@@ -93,7 +93,6 @@ class DynamicEngine(TableLookups):
         self.lr_factor = 1.0
         self.jobs: Jobs | None = None
         self.before_find: Callable[[DynamicLookup], None] | None = None
-        self._waiting: DynamicLookup | None = None
         self._unfinished: list[DynamicLookup] = []
         self._limit: float | None = None
         self._open: list[DynamicLookup] = []
