@@ -5,7 +5,7 @@ Shape suffixes: N keys, T tables, V virtual shards, R rows of a sketch, W counte
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -19,6 +19,10 @@ from lightning_gr.embeddings.dynamic.unique_keys import unique_keys
 
 _SKETCH_ROWS = 4
 _PRUNE_EVERY = 64
+
+
+State = tuple[dict[str, Tensor], list[int]]
+"""Tensors whose rows are sorted by virtual shard, and where each shard's begin."""
 
 
 class AdmissionCounter(Protocol):
@@ -40,9 +44,13 @@ class AdmissionCounter(Protocol):
         """Takes what was buffered as having occurred in `step`."""
         ...
 
-    def state(self, shard_bits: int) -> tuple[dict[str, Tensor], list[int]]:
-        """Tensors whose rows are sorted by virtual shard, and where each shard's begin."""
+    def freeze(self, shard_bits: int) -> Callable[[], State]:
+        """`state` of now, to be had later and in any thread."""
         ...
+
+    def state(self, shard_bits: int) -> State:
+        """What finished steps have counted."""
+        return self.freeze(shard_bits)()
 
     def load(self, state: dict[str, Tensor]) -> None:
         """Adds the rows of some shards."""
@@ -138,15 +146,20 @@ class ExactCounter(_Buffered, AdmissionCounter):
         self._rows.write_metadata(rows_N, counts=counts_N, last_steps=steps_N)
 
     @override
-    def state(self, shard_bits: int) -> tuple[dict[str, Tensor], list[int]]:
-        ids_N, _, rows_N = self._index.entries()
-        shards_N = top_bits(key_hash(ids_N, self._salt), shard_bits)
-        order = ids_N.argsort()
-        order = order[shards_N[order].argsort(stable=True)]
-        metadata = self._rows.read_metadata(rows_N[order])
-        state = {"ids": ids_N[order], "counts": metadata.counts, "last_steps": metadata.last_steps}
-        counts_V = torch.bincount(shards_N, minlength=1 << shard_bits)
-        return state, [0, *counts_V.cumsum(0).tolist()]
+    def freeze(self, shard_bits: int) -> Callable[[], State]:
+        index, metadata_R3 = self._index.copy(), self._rows.copy_of_metadata()
+
+        def state() -> State:
+            ids_N, _, rows_N = index.entries()
+            shards_N = top_bits(key_hash(ids_N, self._salt), shard_bits)
+            order = ids_N.argsort()
+            order = order[shards_N[order].argsort(stable=True)]
+            counts_N, last_steps_N, _ = metadata_R3[rows_N[order]].unbind(1)
+            counts_V = torch.bincount(shards_N, minlength=1 << shard_bits)
+            found = {"ids": ids_N[order], "counts": counts_N, "last_steps": last_steps_N}
+            return found, [0, *counts_V.cumsum(0).tolist()]
+
+        return state
 
     @override
     def load(self, state: dict[str, Tensor]) -> None:
@@ -199,12 +212,12 @@ class SketchCounter(_Buffered, AdmissionCounter):
             self._cells_VRW.view(-1).index_add_(0, places_NR.reshape(-1), counts_NR.reshape(-1))
 
     @override
-    def state(self, shard_bits: int) -> tuple[dict[str, Tensor], list[int]]:
+    def freeze(self, shard_bits: int) -> Callable[[], State]:
         assert shard_bits == self._shard_bits
         used_V = self._cells_VRW.flatten(1).any(1)
         shards = used_V.nonzero()[:, 0]
-        state = {"shards": shards, "cells": self._cells_VRW[shards]}
-        return state, [0, *used_V.cumsum(0).tolist()]
+        state = {"shards": shards, "cells": self._cells_VRW[shards]}, [0, *used_V.cumsum(0).tolist()]
+        return lambda: state
 
     @override
     def load(self, state: dict[str, Tensor]) -> None:

@@ -10,12 +10,16 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lightning_gr.ops.huge_pages import empty_in_huge_pages
 from lightning_gr.ops.native import load_native
+
+if TYPE_CHECKING:
+    from lightning_gr.embeddings.dynamic.row_snapshot import RowsSnapshot
 
 
 class ChunkedRows:
@@ -26,6 +30,9 @@ class ChunkedRows:
         dtype: of an element.
         chunk_rows: rows of a chunk, a power of two.
         device: where the chunks are.
+
+    Attributes:
+        snapshot: asked before rows change; None while no save is under way.
     """
 
     def __init__(self, *, width: int, dtype: torch.dtype, chunk_rows: int, device: torch.device) -> None:
@@ -34,6 +41,7 @@ class ChunkedRows:
         self.shift = chunk_rows.bit_length() - 1
         self.chunks: list[Tensor] = []
         self.pointers = torch.zeros(0, dtype=torch.int64)
+        self.snapshot: RowsSnapshot | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -85,6 +93,7 @@ class ChunkedRows:
     def scatter(self, rows_N: Tensor, values_NW: Tensor | None) -> None:
         """Writes distinct rows: values of the array's dtype, or zeros for None."""
         rows_N = rows_N.to(self.device)
+        self.before_change(rows_N)
         if values_NW is not None:
             assert values_NW.dtype == self.dtype, (values_NW.dtype, self.dtype)
             assert values_NW.shape == (len(rows_N), self.width), (values_NW.shape, len(rows_N), self.width)
@@ -93,6 +102,18 @@ class ChunkedRows:
             return
         for chunk, at_M, local_M in self._by_chunk(rows_N):
             chunk[local_M] = 0 if values_NW is None else values_NW[at_M]
+
+    def before_change(self, rows_N: Tensor) -> None:
+        """Called by whoever writes rows where they lie."""
+        if (snapshot := self.snapshot) is not None:  # read once: another thread may end it
+            snapshot.keep(rows_N)
+
+    def head(self, num: int) -> Tensor:
+        """A copy of the first rows."""
+        out_NW = self._empty(num)
+        for start, chunk in zip(range(0, num, 1 << self.shift), self.chunks, strict=False):
+            out_NW[start : start + len(chunk)] = chunk[: num - start]
+        return out_NW
 
     def _empty(self, num: int) -> Tensor:
         if self.device.type == "cpu":

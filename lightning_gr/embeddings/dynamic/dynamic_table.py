@@ -8,7 +8,7 @@ Shape suffixes: U distinct keys of a lookup, N keys, T tables, G groups of keys,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -291,6 +291,8 @@ class DynamicTable(KeyedRows):
         rows_N = self.find(ids_N, table)
         present_N = rows_N >= 0
         self.storage.write_metadata(rows_N[present_N], scores=scores_N[present_N].to(self.device, torch.float32))
+        if self.journal is not None:
+            self.journal.note(table, ids_N[present_N], removed=False)
 
     # ---- whole contents ----------------------------------------------------------------------------------------
 
@@ -303,6 +305,11 @@ class DynamicTable(KeyedRows):
             self.storage.write_state(rows_N, torch.zeros(len(rows_N), self.storage.state_width, device=self.device))
             self.storage.write_metadata(rows_N, counts=zeros_N, last_steps=zeros_N, last_times=zeros_N)
         self.counters = [self._counter(table) for table in range(len(self.configs))]
+
+    def freeze_counter(self, table: int) -> Callable[[], tuple[dict[str, Tensor], list[int]]] | None:
+        """As `counter_state`, of now, to be had later and in another thread."""
+        counter = self.counters[table]
+        return None if counter is None else counter.freeze(self.shard_bits)
 
     def counter_state(self, table: int) -> tuple[dict[str, Tensor], list[int]] | None:
         """What waits for admission, and where each virtual shard's rows begin; None without a counter."""

@@ -8,6 +8,7 @@ shards, P parts of the slots.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 from collections.abc import Sequence
 from functools import cache
@@ -32,6 +33,7 @@ from lightning_gr.embeddings.dynamic.key_slots import (
     signed64,
     top_bits,
 )
+from lightning_gr.ops.huge_pages import empty_in_huge_pages
 from lightning_gr.ops.native import load_native
 
 __all__ = ["IndexBackend", "KeyIndex", "Tables", "key_hash", "top_bits"]
@@ -179,6 +181,14 @@ class KeyIndex:
             shape = f"({len(self._slots.salts_T)}, a power of two)"
             raise ValueError(f"shards_flagged: expected shape {shape}, got {tuple(shards_flagged.shape)}")
         return self._backend.entries_of(self._slots, shards_flagged.to(self._device, torch.bool))
+
+    def copy(self) -> KeyIndex:
+        """Another one with the same keys, for reading in another thread; quicker than `entries`."""
+        other = copy.copy(self)
+        ids_M, rows_M, tables_M, salts_T = self._slots
+        tables_M = None if tables_M is None else _copy_of(tables_M)
+        other._slots = Slots(_copy_of(ids_M), _copy_of(rows_M), tables_M, salts_T)
+        return other
 
     def reserve(self, num_keys: int) -> None:
         """Makes room for `num_keys` keys in all, those that are there included.
@@ -364,6 +374,11 @@ def _library() -> ctypes.CDLL | None:
     if library is not None:
         library.insert.restype = library.find_or_insert.restype = ctypes.c_int64
     return library
+
+
+def _copy_of(tensor: Tensor) -> Tensor:
+    on_host = tensor.device.type == "cpu"
+    return empty_in_huge_pages(len(tensor), dtype=tensor.dtype).copy_(tensor) if on_host else tensor.clone()
 
 
 def _pointer(tensor: Tensor | None) -> int | None:

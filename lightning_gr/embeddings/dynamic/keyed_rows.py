@@ -20,6 +20,7 @@ from lightning_gr.embeddings.dynamic.policies import group_bits, row_budget
 from lightning_gr.embeddings.dynamic.row_storage import Metadata, RowStorage
 from lightning_gr.embeddings.dynamic.sparse_optimizers import SparseOptimizerConfig
 from lightning_gr.embeddings.dynamic.table_config import DynamicTableConfig
+from lightning_gr.embeddings.dynamic.table_journal import TableJournal
 
 INDEX_BYTES_PER_KEY = 38
 """Of a key in the index at its emptiest, just after it doubled: 14 bytes a slot at a load of .375."""
@@ -61,6 +62,7 @@ class KeyedRows:
         bucket_table: by table, the place in `key_names` of its shared rows.
         budgets: most rows of each table; None without limit.
         group_bits: how many hash bits number the groups of each table.
+        journal: notes what incremental saves need; None while nobody makes any.
         group_rows: of each table, how many rows each of its groups has here, int64 (G,) on the host.
 
     Raises:
@@ -108,6 +110,7 @@ class KeyedRows:
             group_bits(budget, virtual_shards, config.policy.rows_per_group)
             for budget, config in zip(self.budgets, configs, strict=True)
         ]
+        self.journal: TableJournal | None = None
         self.group_rows = [torch.zeros(1 << bits, dtype=torch.int64) for bits in self.group_bits]
 
     # ---- keys --------------------------------------------------------------------------------------------------
@@ -147,17 +150,21 @@ class KeyedRows:
         """Rows of keys, -1 where absent; changes nothing."""
         return self.index.find(*self.index_keys(ids_N, table))
 
+    def entries_of(self, index: KeyIndex) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, tables and rows of all keys in a copy of the index."""
+        keys_N, tables_N, rows_N = index.entries()
+        if self._encodes:
+            tables_N, keys_N = decode_ids(keys_N, len(self.key_names))
+        return keys_N, tables_N, rows_N
+
     def entries(self, table: int, groups_G: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Ids and rows of a table's keys, of all groups or of those flagged."""
-        if self._encodes:
-            keys_N, _, rows_N = self.index.entries()
-            tables_N, ids_N = decode_ids(keys_N, len(self.key_names))
-        elif groups_G is not None:
+        if groups_G is not None and not self._encodes:
             flags_TG = torch.zeros(len(self.key_names), len(groups_G), dtype=torch.bool)
             flags_TG[table] = groups_G
             ids_N, tables_N, rows_N = self.index.entries_of(flags_TG.to(self.device))
         else:
-            ids_N, tables_N, rows_N = self.index.entries()
+            ids_N, tables_N, rows_N = self.entries_of(self.index)
         own_N = tables_N == table
         ids_N, rows_N = ids_N[own_N], rows_N[own_N]
         if self._encodes and groups_G is not None:
@@ -220,6 +227,8 @@ class KeyedRows:
         present_N = rows_N >= 0
         self.storage.free(rows_N[present_N])
         self._count(table, ids_N[present_N], -1)
+        if self.journal is not None:
+            self.journal.note(table, ids_N[present_N], removed=True)
         return int(present_N.sum())
 
     # ---- whole contents ----------------------------------------------------------------------------------------
@@ -254,14 +263,22 @@ class KeyedRows:
         return rows, [0, *counts_V.cumsum(0).tolist()]
 
     @torch.no_grad()
+    def rows_for(self, table: int, ids_N: Tensor) -> Tensor:
+        """Rows of distinct keys; those that are absent get new ones with zeros, and arbitrary values."""
+        rows_N = self.find(ids_N, table) if len(self.index) else torch.full_like(ids_N, -1)
+        new_N = rows_N < 0
+        new_ids = ids_N[new_N]
+        self.reserve(len(new_ids), 0)
+        rows_N[new_N] = self.storage.allocate(len(new_ids))
+        self.index.insert(*self.index_keys(new_ids, table), rows_N[new_N])
+        self._count(table, new_ids, 1)
+        return rows_N
+
+    @torch.no_grad()
     def add_rows(self, table: int, rows: KeyRows) -> None:
         """Puts keys with all that is kept of them into the table, where they must be absent."""
         ids_N = rows.ids_N.to(self.device)
-        self.reserve(len(ids_N), 0)
-        tables_N = torch.full_like(ids_N, table)
-        rows_N = self.storage.allocate(len(ids_N))
-        self.index.insert(*self.index_keys(ids_N, tables_N), rows_N)
-        self._count(table, ids_N, 1)
+        rows_N = self.rows_for(table, ids_N)
         if rows.hot_N is not None:
             self.storage.promote_hot(rows_N[rows.hot_N.to(self.device)])
         self.storage.write(rows_N, rows.values_ND.to(self.device))

@@ -83,6 +83,10 @@ class RowCache:
         self._used_K[slots_N] = 0
         self._is_dirty_K[slots_N] = False
 
+    def flush(self) -> None:
+        """Writes what was changed back, so that the array behind has it all."""
+        self._write_back(self._is_dirty_K.nonzero()[:, 0])
+
     def _slots(self, rows_N: Tensor) -> Tensor:
         if self.rows.size > len(self._slot_of_row):
             grown = self._slot_of_row.new_full((max(self.rows.size, 2 * len(self._slot_of_row)),), -1)

@@ -37,6 +37,11 @@ class RowNumbers:
         """Rows in use."""
         return self._next - self._num_freed
 
+    @property
+    def end(self) -> int:
+        """All rows from here on were never in use."""
+        return self._next
+
     def reserve(self, n: int) -> None:
         """Makes room for `n` more rows, which is kept until the next `take`.
 

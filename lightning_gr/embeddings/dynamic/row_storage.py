@@ -16,6 +16,13 @@ from torch import Tensor
 from lightning_gr.embeddings.dynamic.chunked_rows import ChunkedRows, run_native
 from lightning_gr.embeddings.dynamic.row_cache import RowCache
 from lightning_gr.embeddings.dynamic.row_numbers import RowNumbers
+from lightning_gr.embeddings.dynamic.row_snapshot import (
+    NARROW_BYTES,
+    CopiedRows,
+    CopyLimit,
+    RowsSnapshot,
+    StorageSnapshot,
+)
 from lightning_gr.embeddings.dynamic.stochastic_rounding import round_stochastically
 
 Precision = Literal["fp32", "bf16", "fp16", "mixed"]
@@ -296,6 +303,50 @@ class RowStorage:
         metadata[:, 1] = step
         metadata[:, 2].clamp_(min=time)
         self._metadata.scatter(own_U, metadata)
+
+    # ---- saving ------------------------------------------------------------------------------------------------
+
+    def snapshot(self, limit: CopyLimit) -> StorageSnapshot:
+        """All rows as they are now, while they change.
+
+        A cache's changed rows are written back, and those behind it are what is read: later changes reach them when
+        they are written back in turn.
+        """
+
+        def own(array: ChunkedRows | RowCache) -> ChunkedRows:
+            if isinstance(array, RowCache):
+                array.flush()
+                array = array.rows
+            return array
+
+        def rows(array: ChunkedRows | RowCache, num: int) -> RowsSnapshot:
+            return RowsSnapshot(own(array), num, limit)
+
+        num = self._numbers.end
+        is_mixed = self._hot_places is not None
+        is_narrow = self.state_width * 4 <= NARROW_BYTES
+        return StorageSnapshot(
+            values=rows(self._values, num),
+            state=CopiedRows(own(self._state), num) if is_narrow else rows(self._state, num),
+            hot_values=rows(self._hot_values, self._hot_numbers.end) if is_mixed else None,
+            metadata_R3=self.copy_of_metadata(),
+            scores_R1=None if self._scores is None else self._scores.head(num),
+            hot_places_R1=None if self._hot_places is None else self._hot_places.head(num),
+        )
+
+    @property
+    def has_scores(self) -> bool:
+        """Whether rows have a score."""
+        return self._scores is not None
+
+    def copy_of_metadata(self) -> Tensor:
+        """Count, last step and last time of all rows by number, int64."""
+        return self._metadata.head(self._numbers.end)
+
+    @property
+    def is_being_saved(self) -> bool:
+        """Whether a snapshot is under way."""
+        return any(array.snapshot is not None for array in (*self._numbers.arrays, *self._hot_numbers.arrays))
 
     # ---- mixed precision ---------------------------------------------------------------------------------------
 

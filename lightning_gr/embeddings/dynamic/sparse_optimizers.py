@@ -142,6 +142,8 @@ def _update_in_place(
     settings = (lr, config.eps, *config.betas, config.momentum, config.weight_decay)
     for values, own_N in storage.places(rows_N):
         assert isinstance(values, ChunkedRows)
+        values.before_change(own_N)
+        state.before_change(rows_N)
         done = run_native(
             "update",
             *(values.pointers, values.size, state.pointers, state.size, state.shift, own_N, rows_N, grads_ND),

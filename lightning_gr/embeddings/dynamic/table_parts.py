@@ -6,32 +6,31 @@ Shape suffixes: N rows, V virtual shards, V1 virtual shards + 1.
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from lightning_gr.checkpoint.storage import FileSum, Storage
+from lightning_gr.embeddings.dynamic.safetensors_stream import Column, Ranges, SafetensorsFile, write_safetensors
 
 BUCKET = "#bucket"
 """Ends the name of the rows that a table's keys share."""
 OFFSETS = "shard_offsets"
 """The tensor that says where each virtual shard's rows begin."""
-DTYPES = {"fp32": ("F32", torch.float32), "bf16": ("BF16", torch.bfloat16), "fp16": ("F16", torch.float16)}
-"""Of saved values by a table's precision: safetensors' name and torch's."""
-DTYPES["mixed"] = DTYPES["fp32"]
+REMOVED = "removed"
+"""The tensor with the ids that are there no more, where a file has only what is new."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "mixed": torch.float32}
+"""Of saved values by a table's precision."""
 
 Kind = Literal["part", "waiting"]
 """Of files: rows, and keys that wait for admission."""
 
 _FORMAT = "lightning-gr dynamic table 1"
 _FILE = re.compile(r"(part|waiting)-(\d{5})-of-(\d{5})\.safetensors")
-_PIECE_ROWS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,7 @@ class TableHeader:
         time: the data's clock in seconds.
         seed: of the run.
         world_size: how many processes saved it.
+        touched_since: the file has only what is new since before this step; None where it has all.
     """
 
     table: str
@@ -69,6 +69,7 @@ class TableHeader:
     time: int
     seed: int
     world_size: int
+    touched_since: int | None = None
 
     @property
     def shard_bits(self) -> int:
@@ -92,8 +93,10 @@ class TableHeader:
         values: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
             if (text := metadata.get(field.name)) is None:
+                if field.default is None:
+                    continue  # written before there was such a field
                 raise ValueError(f"no {field.name}")
-            has_none = field.name == "budget" and not text
+            has_none = field.type == "int | None" and not text
             values[field.name] = None if has_none else text if field.type == "str" else int(text)
         if values["precision"] not in DTYPES:
             raise ValueError(f"precision {values['precision']!r}")
@@ -104,83 +107,118 @@ class TablePart:
     """One file that was looked through, and is opened again for each reading.
 
     Args:
-        path: of it.
+        folder: of the table.
+        name: of the file.
+
+    Attributes:
+        header: what it says of its table.
+        offsets_V1: where each virtual shard's rows begin.
+        names: of what it has of rows.
 
     Raises:
         ValueError: it is torn or something else.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, folder: Storage, name: str) -> None:
+        self.folder, self.name, self.path = folder, name, folder.path_of(name)
         try:
-            with safe_open(path, framework="pt") as file:
-                self.header = TableHeader.from_metadata(file.metadata() or {})
-                self.offsets_V1: Tensor = file.get_tensor(OFFSETS)
-                self._check(file)
-        except (OSError, SafetensorError, ValueError) as error:
-            raise ValueError(f"{path}: torn, or no saved table ({error}); use another checkpoint") from error
+            self._file = SafetensorsFile(folder, name)
+            self.header = TableHeader.from_metadata(self._file.metadata)
+            if OFFSETS not in self._file.names:
+                raise ValueError(f"no {OFFSETS}")
+            self.offsets_V1: Tensor = self._file.read(OFFSETS)
+            self._check()
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.path}: torn, or no saved table ({error}); use another checkpoint") from error
 
-    def _check(self, file: Any) -> None:
+    def _check(self) -> None:
         header, offsets_V1 = self.header, self.offsets_V1
         if offsets_V1.dtype != torch.int64 or offsets_V1.shape != (header.virtual_shards + 1,):
             raise ValueError(f"{OFFSETS} are not of {header.virtual_shards} virtual shards")
         if int(offsets_V1[0]) != 0 or bool((offsets_V1.diff() < 0).any()):
             raise ValueError(f"{OFFSETS} do not ascend from 0")
-        self.names = [name for name in file.keys() if name != OFFSETS]  # noqa: SIM118  # it is no dictionary
-        wanted: dict[str, tuple[str, list[int]]] = {}
-        if self.path.name.startswith("part"):
+        self.names = [name for name in self._file.names if name not in (OFFSETS, REMOVED)]
+        wanted: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+        if self.name.startswith("part"):
             wanted = {
-                "ids": ("I64", []),
-                "values": (DTYPES[header.precision][0], [header.dim]),
-                "state": ("F32", [header.state_width]),
-                **dict.fromkeys(("counts", "last_steps", "last_times"), ("I64", [])),
+                "ids": (torch.int64, ()),
+                "values": (DTYPES[header.precision], (header.dim,)),
+                "state": (torch.float32, (header.state_width,)),
+                **dict.fromkeys(("counts", "last_steps", "last_times"), (torch.int64, ())),
             }
             if header.precision == "mixed":
-                wanted["hot"] = ("U8", [])
+                wanted["hot"] = (torch.uint8, ())
+            if header.touched_since is not None and REMOVED not in self._file.names:
+                raise ValueError(f"no {REMOVED}")
+            if REMOVED in self._file.names and self._file.dtype(REMOVED) != torch.int64:
+                raise ValueError(f"{REMOVED} are {self._file.dtype(REMOVED)}")
         for name in {*self.names, *wanted}:
-            rows = file.get_slice(name)
-            dtype, shape = wanted.get(name, (rows.get_dtype(), rows.get_shape()[1:]))
-            if (rows.get_dtype(), rows.get_shape()) != (dtype, [self.num_rows, *shape]):
-                raise ValueError(
-                    f"{name} is {rows.get_dtype()} {rows.get_shape()}, expected {dtype} {[self.num_rows, *shape]}"
-                )
+            if name not in self.names:
+                raise ValueError(f"no {name}")
+            found = self._file.dtype(name), self._file.shape(name)
+            dtype, shape = wanted.get(name, (found[0], found[1][1:]))
+            if found != (dtype, (self.num_rows, *shape)):
+                raise ValueError(f"{name} is {found}, expected {(dtype, (self.num_rows, *shape))}")
 
     @property
     def num_rows(self) -> int:
         """Rows in the file."""
         return int(self.offsets_V1[-1])
 
-    def read(self, names: Sequence[str], owned_V: Tensor | None = None) -> Iterator[dict[str, Tensor]]:
-        """Some columns of the rows of the flagged virtual shards, or of all, piece by piece; `shards` numbers these."""
-        owned_V = torch.ones(self.header.virtual_shards, dtype=torch.bool) if owned_V is None else owned_V
+    def ranges(self, owned_V: Tensor) -> Ranges:
+        """Where the rows of the flagged virtual shards are."""
         edges_V1 = torch.nn.functional.pad(owned_V.to(torch.int8), (1, 1)).diff()
         begins, ends = (self.offsets_V1[edges_V1 == edge].tolist() for edge in (1, -1))
-        bounds = [
-            (start, min(start + _PIECE_ROWS, end))
-            for begin, end in zip(begins, ends, strict=True)
-            for start in range(begin, end, _PIECE_ROWS)
-        ]
-        if not bounds:
-            return
-        with safe_open(self.path, framework="pt") as file:
-            for start, end in bounds:
-                piece = {name: file.get_slice(name)[start:end] for name in names}
-                piece["shards"] = torch.bucketize(torch.arange(start, end), self.offsets_V1[1:], right=True)
-                yield piece
+        return [(begin, end) for begin, end in zip(begins, ends, strict=True) if end > begin]
+
+    def shards(self, ranges: Ranges) -> Tensor:
+        """The virtual shard of each row, int64."""
+        shards_N = torch.arange(self.header.virtual_shards).repeat_interleave(self.offsets_V1.diff())
+        return torch.cat([shards_N[:0], *(shards_N[start:stop] for start, stop in ranges)])
+
+    def read(self, name: str, ranges: Ranges | None = None) -> Tensor:
+        """Something of the rows of some ranges, or of all.
+
+        Raises:
+            ValueError: the file is torn.
+        """
+        try:
+            return self._file.read(name, ranges)
+        except (OSError, ValueError) as error:
+            raise self._torn(error) from error
+
+    def pieces(self, name: str, ranges: Ranges | None = None) -> Iterator[Tensor]:
+        """As `read`, a few rows at a time, in memory that the next ones overwrite."""
+        try:
+            yield from self._file.pieces(name, ranges)
+        except (OSError, ValueError) as error:
+            raise self._torn(error) from error
+
+    def _torn(self, error: Exception) -> ValueError:
+        return ValueError(f"{self.path}: cannot be read ({error}); use another checkpoint")
 
     def columns(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """Some columns of all rows."""
-        with safe_open(self.path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in names}
+        """Some of what it has of all rows."""
+        return {name: self.read(name) for name in names}
+
+    @property
+    def removed(self) -> Tensor:
+        """Ids that are there no more, where the file has only what is new."""
+        return self.read(REMOVED) if REMOVED in self._file.names else torch.zeros(0, dtype=torch.int64)
 
 
-def files_of(folder: Path, kind: Kind) -> dict[tuple[int, int], Path]:
-    """Files of a table by process and number of processes."""
-    found = [(_FILE.fullmatch(x.name), x) for x in folder.iterdir()] if folder.is_dir() else []
-    return {(int(m[2]), int(m[3])): path for m, path in found if m is not None and m[1] == kind}
+def file_name(kind: Kind, rank: int, world_size: int) -> str:
+    """Of a process's file."""
+    return f"{kind}-{rank:05d}-of-{world_size:05d}.safetensors"
 
 
-def table_parts(folder: Path, kind: Kind, *, may_lack: bool = False) -> list[TablePart]:
+def files_of(folder: Storage, kind: Kind) -> dict[tuple[int, int], str]:
+    """Names of a table's files by process and number of processes."""
+    found = [(_FILE.fullmatch(name), name) for name in folder.names()]
+    return {(int(m[2]), int(m[3])): name for m, name in found if m is not None and m[1] == kind}
+
+
+def table_parts(folder: Storage, kind: Kind, *, may_lack: bool = False) -> list[TablePart]:
     """The files of a table, one of each process that saved it.
 
     Raises:
@@ -196,7 +234,7 @@ def table_parts(folder: Path, kind: Kind, *, may_lack: bool = False) -> list[Tab
     world = worlds[0]
     if missing := [rank for rank in range(world) if (rank, world) not in files]:
         raise ValueError(f"{folder}: {kind}-{missing[0]:05d}-of-{world:05d} is missing; use another checkpoint")
-    parts = [TablePart(files[rank, world]) for rank in range(world)]
+    parts = [TablePart(folder, files[rank, world]) for rank in range(world)]
     for part in parts:
         if (part.header.table, part.header.world_size) != (folder.name, world):
             raise ValueError(
@@ -211,20 +249,15 @@ def joint_header(parts: Sequence[TablePart]) -> TableHeader:
     first = parts[0].header
     for part in parts:
         if dataclasses.replace(part.header, time=first.time) != first:
-            raise ValueError(f"{part.path}: from another save than {parts[0].path.name}; use another checkpoint")
+            raise ValueError(f"{part.path}: from another save than {parts[0].name}; use another checkpoint")
     return dataclasses.replace(first, time=max(part.header.time for part in parts))
 
 
-def write_part(path: Path, header: TableHeader, columns: dict[str, Tensor], ends_V: Tensor) -> None:
-    """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: x.cpu().contiguous() for name, x in columns.items()}
-    tensors[OFFSETS] = torch.nn.functional.pad(ends_V, (1, 0))
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        save_file(tensors, temporary, header.to_metadata())
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def write_part(folder: Storage, name: str, header: TableHeader, columns: Sequence[Column], ends_V: Tensor) -> FileSum:
+    """Writes a file.
+
+    Raises:
+        OSError: it cannot be written; nothing is left of it.
+    """
+    offsets_V1 = torch.nn.functional.pad(ends_V, (1, 0))
+    return write_safetensors(folder, name, header.to_metadata(), [Column.of(OFFSETS, offsets_V1), *columns])
