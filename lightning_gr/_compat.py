@@ -41,6 +41,24 @@ PRIVATE_NAMES = {
     "torch.distributed.distributed_c10d:_get_default_store": (
         "read: the store that the ranks met at; RankWatch keeps its marks there and needs no port of its own"
     ),
+    "lightning.pytorch.callbacks:ModelCheckpoint._find_last_checkpoints": (
+        "overridden, with _ModelCheckpoint__resolve_ckpt_dir, _monitor_candidates and "
+        "_get_metric_interpolated_filepath_name: what `ckpt_path: last` means for ResumeCheckpoint"
+    ),
+    "lightning.pytorch.loops.fit_loop:_FitLoop._load_combined_loader_states": (
+        "called where Lightning forgets it (its issue 20550); with _combined_loader_states_to_load and _data_fetcher"
+    ),
+    "lightning.pytorch.loops.training_epoch_loop:_TrainingEpochLoop._should_check_val_fx": (
+        "asked: a checkpoint waits for a validation that is about to run; _results and _batches_that_stepped are read "
+        "and set, since Lightning saves neither"
+    ),
+    "torch.distributed._shard.sharded_tensor:ShardedTensor._init_from_local_shards_and_global_metadata": (
+        "called: a copy of sharded weights, to be written while training goes on"
+    ),
+    "torchmetrics:MeanMetric._update_count": "read and set, with _defaults, _reductions, _computed: metrics under way",
+    "jsonargparse._common:parsing_settings": (
+        "read and put back around a configuration that is not trusted: the public setter cannot be undone"
+    ),
     "argparse:ArgumentParser._option_string_actions": "read: the names of all options, to list near ones of a typo",
 }
 """By ``module:qualified name``, why a private name is used."""

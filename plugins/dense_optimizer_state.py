@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +11,9 @@ from torch import Tensor, nn
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
+
+    from lightning_gr.checkpoint.storage import Storage
+    from lightning_gr.checkpoint.tensors import Shapes
 
 
 class DenseOptimizerState:
@@ -42,7 +44,7 @@ class DenseOptimizerState:
             )
         return states, groups
 
-    def empty_tensors(self, path: Path, shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]) -> dict[str, Any]:
+    def empty_tensors(self, storage: Storage, shapes: Shapes) -> dict[str, Any]:
         """Tensors of the saved shapes for every optimiser state of this model's dense parameters.
 
         Raises:
@@ -56,7 +58,7 @@ class DenseOptimizerState:
             name, _, entry = rest.rpartition(".")
             if name not in self._parameters:
                 raise ValueError(
-                    f"checkpoint {path}: holds optimiser state of {name}, which the model does not have; use the "
+                    f"checkpoint {storage}: holds optimiser state of {name}, which the model does not have; use the "
                     "configuration it was trained with"
                 )
             device = self._parameters[name].device if shape else torch.device("cpu")

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +16,9 @@ from lightning_gr.batch import SequenceBatch
 if TYPE_CHECKING:
     import lightning.pytorch as pl
 
+    from lightning_gr.checkpoint.storage import Storage
     from lightning_gr.embeddings.dynamic.engine import DynamicEngine
+    from lightning_gr.embeddings.dynamic.table_files import TablesSnapshot
 
 
 class DynamicTraining:
@@ -158,41 +159,78 @@ class DynamicTraining:
 
     # ---- checkpoints -------------------------------------------------------------------------------------------
 
-    def save(self, checkpoint: Path) -> None:
-        """Writes every rank's rows into a checkpoint directory; a collective call before its commit mark is written."""
-        from lightning_gr.embeddings.dynamic.table_files import FOLDER, save_tables
+    def begin_save(
+        self, *, since: Mapping[str, int] | None, journals: bool, max_copied_bytes: int
+    ) -> dict[str, TablesSnapshot]:
+        """What every collection holds at this moment, to be written while training goes on or before it does.
 
+        Args:
+            since: by collection, the step from which on changes are saved; None saves all rows.
+            journals: whether the tables note from now on what the next save of changes needs.
+            max_copied_bytes: of rows kept aside in all collections; beyond that training waits for the writer.
+        """
+        if not self.engines:
+            return {}
+        from lightning_gr.embeddings.dynamic.table_files import begin_save
+
+        snapshots = {}
         for path, engine in self.engines.items():
             engine.settle()
             if not engine.idle:
                 rank_zero_warn(
                     f"{path}: saved before the optimiser's step, so this step's gradients are not in the checkpoint"
                 )
-            save_tables(checkpoint / FOLDER / path, engine)
+            snapshots[path] = begin_save(
+                engine,
+                touched_since=None if since is None else since[path],
+                journals=journals,
+                max_copied_bytes=max_copied_bytes // len(self.engines),
+            )
+        return snapshots
 
-    def load(self, checkpoint: Path) -> None:
+    def load(
+        self,
+        collections: Mapping[str, Sequence[Storage]],
+        *,
+        confirm: Callable[[], None],
+        otherwise: Callable[[str], None],
+    ) -> None:
         """Reads the rows of this rank's virtual shards, whatever number of ranks wrote them.
+
+        Args:
+            collections: by collection, its folders: the full one, then what adds to it.
+            confirm: called before anything changes; raises where the files are damaged.
+            otherwise: does something about a collection that is not there.
 
         Raises:
             ValueError: the checkpoint does not fit.
         """
-        from lightning_gr.embeddings.dynamic.table_files import FOLDER, load_tables
+        if not self.engines:
+            confirm()
+            return
+        from lightning_gr.embeddings.dynamic.table_files import load_tables
 
         for path, engine in self.engines.items():
-            load_tables(checkpoint / FOLDER / path, engine)
+            if path in collections:
+                load_tables(collections[path], engine, confirm=confirm)
+            else:
+                confirm()
+                otherwise(path)
 
-    def load_values(self, checkpoint: Path) -> list[str]:
+    def load_values(self, collections: Mapping[str, Sequence[Storage]]) -> list[str]:
         """Reads rows and nothing else of them; training begins with step 0.
+
+        Args:
+            collections: as of `load`.
 
         Returns:
             The collections that the checkpoint does not have.
         """
-        from lightning_gr.embeddings.dynamic.table_files import find_tables, load_tables
+        from lightning_gr.embeddings.dynamic.table_files import load_tables
 
-        saved = find_tables(checkpoint)
-        for path in sorted(self.engines.keys() & saved.keys()):  # every rank in one order
-            load_tables(saved[path], self.engines[path], values_only=True)
-        return sorted(self.engines.keys() - saved.keys())
+        for path in sorted(self.engines.keys() & collections.keys()):  # every rank in one order
+            load_tables(collections[path], self.engines[path], values_only=True)
+        return sorted(self.engines.keys() - collections.keys())
 
 
 def clipping_with(dynamic: DynamicTraining, precision_plugin: Any) -> None:

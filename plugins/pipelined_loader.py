@@ -72,7 +72,7 @@ class PipelinedLoader:
         self._run: _Run | None = None
         self._numbers = 0
         self._state: dict[str, Any] | None = None
-        self._handed: deque[StagedBatch] = deque()
+        self._handed: deque[tuple[StagedBatch, dict[str, Any]]] = deque()
         if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
             self.__class__ = _StatefulPipelinedLoader
 
@@ -106,7 +106,7 @@ class PipelinedLoader:
                     self._state = run.final_state
                     return
                 staged, self._state = found
-                self._handed.append(staged)
+                self._handed.append((staged, self._state))
                 handed_over += 1
                 yield staged
         except GeneratorExit:
@@ -137,13 +137,13 @@ class PipelinedLoader:
 
         Lightning asks a loader without a length for one batch more before it trains the one at hand.
         """
-        while self._handed and self._handed[0] is not staged:
-            self._handed.popleft().lookups.drop()
+        while self._handed and self._handed[0][0] is not staged:
+            self._handed.popleft()[0].lookups.drop()
 
     def following(self) -> StagedBatch | None:
         """The batch behind the one that now trains; None where it is not known yet."""
         if len(self._handed) > 1:
-            return self._handed[1]
+            return self._handed[1][0]
         return None if self._run is None else self._run.first()
 
     def look_up_rest(self) -> None:
@@ -166,14 +166,19 @@ class PipelinedLoader:
             self._run.close(wait=wait)
             self._run = None
         while self._handed:
-            self._handed.popleft().lookups.drop()
+            self._handed.popleft()[0].lookups.drop()
 
 
 class _StatefulPipelinedLoader(PipelinedLoader):
     """Of a loader that knows its position."""
 
     def state_dict(self) -> dict[str, Any]:
-        """That of the loader inside, as it was when the present batch had been fetched, whatever is in flight."""
+        """That of the loader inside, as it was when the present batch had been fetched, whatever is in flight.
+
+        Of a loader without a length Lightning holds one batch more than it trains.
+        """
+        if len(self._handed) > 1 and not getattr(self.loader, "lookahead", 0):
+            return self._handed[0][1]
         return self._state if self._state is not None else state_of(self.loader)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -23,8 +23,10 @@ from typing_extensions import override
 from lightning_gr._compat import default_store, end_children, give_ranks_time_to_explain
 from lightning_gr.balancing.settings import Balancing
 from lightning_gr.batch import SequenceBatch
+from lightning_gr.checkpoint.storage import Storage
+from lightning_gr.checkpoint.writer import remove_checkpoint
 from lightning_gr.embeddings import deferred_tables
-from lightning_gr.plugins import checkpoint_directory
+from lightning_gr.plugins.checkpoints import Checkpoints
 from lightning_gr.plugins.communication_settings import (
     Schedule,
     SparseUpdate,
@@ -32,10 +34,11 @@ from lightning_gr.plugins.communication_settings import (
     check_table_groups,
     run_in_background,
 )
-from lightning_gr.plugins.dense_optimizer_state import DenseOptimizerState
 from lightning_gr.plugins.dynamic_training import DynamicTraining, clipping_with
 from lightning_gr.plugins.module_wrapping import wrap_module
+from lightning_gr.plugins.process_groups import group_named
 from lightning_gr.plugins.rank_watch import RankWatch
+from lightning_gr.plugins.save_options import SaveOptions
 from lightning_gr.plugins.sharding import Sharding, SparseOptimizer, static_collections
 from lightning_gr.plugins.staged_batch import StagedBatch
 from lightning_gr.plugins.table_groups_memory import (
@@ -104,7 +107,9 @@ class SequenceBalancedStrategy(DDPStrategy):
         table_groups: into how many groups of consecutive ranks the processes are cut, each with a full set of the
             dynamic tables (hierarchical sparse parallelism, section 4.2.1): lookups stay inside a group, and between
             groups travel the keys and gradients of the rows that a batch touches.
-        find_unused_parameters: lets DDP look for dense parameters that a step did not use; costs time.
+        find_unused_parameters: lets DDP look for dense parameters that a step did not use; costs time. On three and
+            more processes a CPU, or `deterministic: true`, turns it on: without it DDP's order of summation depends on
+            how many steps a process has made, and a resumed run would differ by rounding.
         bucket_cap_mb: size of DDP's gradient buckets in MiB.
         process_group_backend: ``gloo`` or ``nccl``; None means the device's usual one.
         timeout: how long a collective may wait for the slowest rank.
@@ -184,6 +189,9 @@ class SequenceBalancedStrategy(DDPStrategy):
         self._dmp: DistributedModelParallel | None = None
         self._sparse_base_lrs: list[float] = []
         self._dynamic: DynamicTraining | None = None
+        self._checkpoints: Checkpoints | None = None
+        # What `ckpt_path: last` may choose from, the newest first.
+        self.checkpoint_fallbacks: list[str] = []
         self._pipeline: TrainingPipeline | None = None
         self._watch: RankWatch | None = None
         self._said_mean_of_means = self._is_stepping = False
@@ -253,7 +261,7 @@ class SequenceBalancedStrategy(DDPStrategy):
             sparse_optimizer=self.sparse_optimizer,
             sparse_lr=self.sparse_lr,
             static_dedup=self.static_dedup,
-            find_unused_parameters=self.find_unused_parameters,
+            find_unused_parameters=self.find_unused_parameters or self._repeats_to_the_bit(),
             bucket_cap_mb=self.bucket_cap_mb,
             device=self.root_device,
             num_local=self.num_processes,
@@ -265,6 +273,13 @@ class SequenceBalancedStrategy(DDPStrategy):
         self._check_precision()
         self.model = self._dmp
         self._dynamic = DynamicTraining(self.lightning_module)
+        self._checkpoints = Checkpoints(
+            module=self.lightning_module,
+            dmp=self._dmp,
+            dynamic=self._dynamic,
+            trainer=trainer,
+            group=group_named("checkpoints", timeout=self.collective_timeout, backend="gloo"),
+        )
         if table_groups > 1 and not self._dynamic.engines:
             rank_zero_warn(f"table_groups={table_groups}: not used, since the module has no dynamic tables")
         if table_groups > 1:
@@ -297,6 +312,15 @@ class SequenceBalancedStrategy(DDPStrategy):
         self.setup_precision_plugin()
         if self._dynamic.engines:
             clipping_with(self._dynamic, self.precision_plugin)
+
+    def _repeats_to_the_bit(self) -> bool:
+        """Whether a resumed run's sums over ranks have to be made in the order of the uninterrupted one's.
+
+        DDP lays out its buckets anew after the first backward, unless it looks for unused parameters; of three ranks
+        and more the order of a sum depends on the place in the bucket.
+        """
+        exact = self.root_device.type == "cpu" or torch.are_deterministic_algorithms_enabled()
+        return exact and self.world_size > 2
 
     def _check_precision(self) -> None:
         """Refuses what tables cannot honour; whether there are static ones is known once the module is wrapped."""
@@ -387,6 +411,7 @@ class SequenceBalancedStrategy(DDPStrategy):
 
     @override
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self.checkpoints.begin_batch()
         if self._watch is not None:
             self._watch.at("training step", batch_idx)
 
@@ -401,16 +426,20 @@ class SequenceBalancedStrategy(DDPStrategy):
     def on_train_start(self) -> None:
         if self._pipeline is not None:
             self._pipeline.resume_progress()
+        self.checkpoints.begin_training()
 
     @override
     def on_train_end(self) -> None:
         if self._pipeline is not None:
             self._pipeline.end(wait=True)
+        self.checkpoints.close(wait=True)
 
     @override
     def on_exception(self, exception: BaseException) -> None:
         if self._pipeline is not None:
             self._pipeline.end(wait=False)
+        if self._checkpoints is not None:
+            self._checkpoints.close(wait=False)
         if self._watch is not None and (failure := self._watch.explain(exception)) is not None:
             log.error("%s", failure)
         assert self.lightning_module is not None
@@ -443,6 +472,7 @@ class SequenceBalancedStrategy(DDPStrategy):
         with self._pipeline.step(step_ends=self._is_stepping):
             output = super().training_step(*args, **kwargs)
         self._log_collisions()
+        self.checkpoints.after_batch()
         if any(isinstance(x, SequenceBatch) for x in (*args, *kwargs.values())):
             return output
         if isinstance(output, Mapping) and "loss_sums" in output:
@@ -566,93 +596,52 @@ class SequenceBalancedStrategy(DDPStrategy):
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Nothing: `load_checkpoint` has read the weights in place."""
+        """Nothing: `Checkpoints` has read the weights in place."""
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Nothing: `save_checkpoint` takes the state itself, by parameter name."""
+        """Nothing: `Checkpoints` takes the state itself, by parameter name."""
         return {}
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Nothing: `load_checkpoint` has read the optimisers in place."""
+        """Nothing: `Checkpoints` has read the optimisers in place."""
+
+    @property
+    def checkpoints(self) -> Checkpoints:
+        """What is saved and loaded; there once the strategy is set up."""
+        assert self._checkpoints is not None
+        return self._checkpoints
 
     @_guarded
     @override
     def save_checkpoint(
         self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
     ) -> None:
-        if storage_options is not None:
+        options = SaveOptions() if storage_options is None else storage_options
+        if not isinstance(options, SaveOptions):
             raise TypeError(
                 f"storage_options={storage_options!r}: {type(self).__name__} writes a checkpoint directory itself and "
-                "takes none"
+                "takes SaveOptions or none"
             )
         if self._pipeline is not None:
             self._pipeline.flush()
-        path = Path(self.broadcast(str(filepath)))
-        tensors: dict[str, Any] = {"state_dict": checkpoint.pop("state_dict")}
-        if checkpoint.pop("optimizer_states", None) is not None:
-            dense, groups = self._dense_optimizers().tensors_and_groups()
-            tensors |= {"dense_optimizer": dense, "sparse_optimizer": self._sparse_optimizer_state()}
-            checkpoint["dense_param_groups"] = groups
-        checkpoint_directory.write(
-            path,
-            _tensors_only(tensors),
-            checkpoint,
-            is_global_zero=self.is_global_zero,
-            write_more=self._dynamic.save if self._dynamic is not None and self._dynamic.engines else None,
-        )
-        self.barrier()
+        self.checkpoints.save(checkpoint, self.broadcast(str(filepath)), options)
 
     @_guarded
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        path = Path(self.broadcast(str(checkpoint_path)))
-        meta = checkpoint_directory.read_meta(path)
-        assert self._dmp is not None
         assert self.lightning_module is not None
-        shapes = checkpoint_directory.tensor_shapes(path)
-        weights = self._dmp.state_dict()
-        self._check_weights(path, weights, shapes)
-        tensors: dict[str, Any] = {"state_dict": weights}
-        restore_optimizers = (
-            self.lightning_module.trainer.state.fn == TrainerFn.FITTING and "dense_param_groups" in meta
-        )
-        if restore_optimizers:
-            tensors["dense_optimizer"] = self._dense_optimizers().empty_tensors(path, shapes)
-            tensors["sparse_optimizer"] = self._sparse_optimizer_state()
-        checkpoint_directory.read_tensors(path, _tensors_only(tensors))
-        self._dmp.load_state_dict(weights)
-        if restore_optimizers:
-            self._dense_optimizers().load(tensors["dense_optimizer"], meta["dense_param_groups"])
-        if self._dynamic is not None:
-            self._dynamic.load(path)
-        self.barrier()
-        return meta
+        fitting = self.lightning_module.trainer.state.fn == TrainerFn.FITTING
+        path, fallbacks = self.broadcast((str(checkpoint_path), self.checkpoint_fallbacks))
+        self.checkpoint_fallbacks = []
+        chosen = fitting and bool(fallbacks) and path.startswith(fallbacks[0])
+        return self.checkpoints.load(path, fitting=fitting, fallbacks=fallbacks if chosen else ())
 
-    def _check_weights(
-        self, path: Path, weights: Mapping[str, Any], shapes: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
-    ) -> None:
-        for name, weight in weights.items():
-            saved = shapes.get(f"state_dict.{name}")
-            if saved is None:
-                raise ValueError(
-                    f"checkpoint {path}: has no {name}; it was saved by another model, so use its own configuration"
-                )
-            if tuple(weight.size()) != saved[0]:
-                raise ValueError(
-                    f"checkpoint {path}: {name} has shape {saved[0]}, the model wants {tuple(weight.size())}; use the "
-                    "configuration and data it was trained with"
-                )
-
-    def _dense_optimizers(self) -> DenseOptimizerState:
-        assert self.lightning_module is not None
-        return DenseOptimizerState(self.lightning_module, self.optimizers)
-
-    def _sparse_optimizer_state(self) -> dict[str, Any]:
-        assert self._dmp is not None
-        state: dict[str, Any] = self._dmp.fused_optimizer.state_dict()["state"]
-        return state
+    @override
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        if self.is_global_zero:
+            remove_checkpoint(Storage(filepath))
 
     # ---- end ---------------------------------------------------------------------------------------------------
 
@@ -685,16 +674,3 @@ class SequenceBalancedStrategy(DDPStrategy):
             cls,
             description="sequence-balanced data parallelism with sharded TorchRec embeddings",
         )
-
-
-def _tensors_only(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dictionaries without empty branches and without what is not a tensor."""
-    kept: dict[str, Any] = {}
-    for key, value in state.items():
-        if isinstance(value, Mapping):
-            branch = _tensors_only(value)
-            if branch:
-                kept[key] = branch
-        elif isinstance(value, Tensor) or hasattr(value, "local_shards"):
-            kept[key] = value
-    return kept

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from lightning_gr._compat import skip_hook_of_staged_batches
 from lightning_gr.balancing.cost import TOKENS, SequenceCost, cost_of
 from lightning_gr.balancing.settings import Balancing
+from lightning_gr.data.finished_epoch import leave_finished_epoch
 from lightning_gr.data.loader import PlannedLoader
 from lightning_gr.data.stream_loader import StreamLoader
 from lightning_gr.plugins.pipelined_loader import PipelinedLoader
@@ -27,6 +28,7 @@ from lightning_gr.plugins.rebatched_loader import RebatchedLoader
 from lightning_gr.plugins.sparse_schedule import SparseSchedule
 from lightning_gr.plugins.stage_log import StageLog
 from lightning_gr.plugins.staged_batch import StagedBatch
+from lightning_gr.plugins.trained_state_loader import TrainedStateLoader
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -117,6 +119,8 @@ class TrainingPipeline:
             MisconfigurationException: the loader cannot be balanced as asked.
         """
         trainer = self._module.trainer
+        if not isinstance(loader, PlannedLoader | StreamLoader):  # whose data modules do so
+            leave_finished_epoch(trainer, unsized=sized_len(loader) is None)
         loader = self._balanced(loader, trainer)
         by_iterator = "dataloader_iter" in inspect.signature(self._module.training_step).parameters
         if by_iterator and self.tables.runs_ahead:
@@ -125,7 +129,7 @@ class TrainingPipeline:
                 "its step, and all of them stay synchronous; take the batch instead"
             )
         if self._depth == 0 or by_iterator:
-            return loader
+            return TrainedStateLoader(loader) if _is_ahead_of_training(loader) else loader
         skip_hook_of_staged_batches(self._module, StagedBatch)
         self.stop(wait=True)
         self._loader = PipelinedLoader(
@@ -222,8 +226,17 @@ class TrainingPipeline:
                 setattr(trainer, name, value * self._micro_steps)
 
     def resume_progress(self) -> None:
-        """Counts what Lightning has restored anew: a checkpoint may have been cut into other micro-steps."""
+        """Brings loaders to where the checkpoint stood, and counts what Lightning has restored anew.
+
+        A checkpoint may have been cut into other micro-steps.
+        """
         fit_loop = self._module.trainer.fit_loop
+        if fit_loop.restarting and fit_loop._combined_loader_states_to_load:
+            # A schedule that asks for the number of steps has the loader made too early for Lightning 2.6, which then
+            # forgets its state (its issue 20550).
+            fit_loop._load_combined_loader_states()
+            assert fit_loop._data_fetcher is not None
+            iter(fit_loop._data_fetcher)
         done = None if self._planned is None else self._planned.resumes_after
         if done is None or not fit_loop.restarting:
             return
@@ -328,6 +341,12 @@ def _refuse_changing_accumulation(trainer: pl.Trainer) -> None:
             "GradientAccumulationScheduler: a balanced batch carries the label counts of its whole optimizer step, so "
             "the number of batches in one cannot change; use Trainer(accumulate_grad_batches=...)"
         )
+
+
+def _is_ahead_of_training(loader: Any) -> bool:
+    """Whether a loader's own state is that of the batch behind the one that trains."""
+    has_state = hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict")
+    return has_state and sized_len(loader) is None and not getattr(loader, "lookahead", 0)
 
 
 def _leaves_generator_alone(loader: Any) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_gr.balancing.cost import SequenceCost
 from lightning_gr.balancing.partition import Method
@@ -151,16 +152,30 @@ class PlannedLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where a saved cursor stood, at the first micro-batch of a global batch that was not finished.
 
+        Args:
+            state: of `state_dict`; with ``on_other_plan: restart_epoch`` in it, another plan's epoch begins anew.
+
         Raises:
             ValueError: the plan was made from another seed, budget or log, so the cursor means nothing here.
         """
-        for name, present in self._identity().items():
-            if state.get(name) != present:
+        epoch, done = int(state["epoch"]), int(state["batches_done"])
+        if (other := difference(state, self._identity())) is not None:
+            if state.get("on_other_plan") != "restart_epoch":
                 raise ValueError(
-                    f"{name}: the checkpoint's data plan has {state.get(name)!r}, this run has {present!r}; resume "
-                    "with the same, or start from the weights alone"
+                    f"{other}; resume with the same, let the epoch begin anew (ResumeCheckpoint's on_other_plan: "
+                    "restart_epoch), or start from the weights alone (init_from)"
                 )
-        self._resume_from = self._cursor = (int(state["epoch"]), int(state["batches_done"]))
+            rank_zero_warn(f"{other}; epoch {epoch} begins anew with this run's plan")
+            done = 0
+        self._resume_from = self._cursor = (epoch, done)
+
+
+def difference(state: Mapping[str, Any], identity: Mapping[str, Any]) -> str | None:
+    """The first setting of a data plan in which a saved state differs from the present one, in words."""
+    for name, present in identity.items():
+        if state.get(name) != present:
+            return f"{name}: the checkpoint's data plan has {state.get(name)!r}, this run has {present!r}"
+    return None
 
 
 class _PlannedBatches(torch.utils.data.Dataset[SequenceBatch]):

@@ -10,11 +10,13 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_gr.balancing.cost import TOKENS, SequenceCost
 from lightning_gr.balancing.partition import Method, partition
 from lightning_gr.batch import SequenceBatch
 from lightning_gr.data.event_table import UserRows
+from lightning_gr.data.loader import difference
 from lightning_gr.data.raw_ids import raw_key
 from lightning_gr.data.row_windows import take_users
 from lightning_gr.data.source import RetrievalSource, next_item_batch
@@ -94,7 +96,7 @@ class StreamLoader:
         self.global_tokens, self.max_length = global_tokens, max_length
         self._raw_ids = raw_ids
         self._rank, self._world_size, self._num_workers = rank, world_size, num_workers
-        self._lookahead = lookahead
+        self.lookahead = lookahead
         self.mode: Mode = "planned"
         self._cost: SequenceCost = TOKENS
         self._method: Method = "lpt"
@@ -179,7 +181,7 @@ class StreamLoader:
         if cursors is None:
             self._handed_out = self._handed_out[-1:]
         else:
-            self._handed_out = [*self._handed_out, cursors or self._handed_out[-1]][-1 - self._lookahead :]
+            self._handed_out = [*self._handed_out, cursors or self._handed_out[-1]][-1 - self.lookahead :]
 
     def state_dict(self) -> dict[str, Any]:
         """The cursor: the day and the user after the last batch handed out; of each rank where not in mode planned."""
@@ -196,6 +198,10 @@ class StreamLoader:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues where a saved cursor stood.
 
+        Args:
+            state: of `state_dict`; with ``on_other_plan: restart_epoch`` in it, a day that was cut otherwise begins
+                anew.
+
         Raises:
             ValueError: batches were cut otherwise, or shared by blocks over another number of ranks.
         """
@@ -210,13 +216,15 @@ class StreamLoader:
                 f"world_size={self._world_size}: the checkpoint's stream was shared by blocks over "
                 f"{len(state['cursors'])} process(es); resume on as many (a run in mode planned resumes on any number)"
             )
-        for name, present in self._identity().items():
-            if state.get(name) != present:
-                raise ValueError(
-                    f"{name}: the checkpoint's stream was cut with {state.get(name)!r}, this run has {present!r}; "
-                    "resume with the same"
-                )
         cursors = state["cursors"] if shared else [[state["day"], state["block"], state["user"]]]
+        if (other := difference(state, self._identity())) is not None:
+            if state.get("on_other_plan") != "restart_epoch":
+                raise ValueError(
+                    f"{other}; resume with the same, or let the day begin anew (ResumeCheckpoint's on_other_plan: "
+                    "restart_epoch)"
+                )
+            rank_zero_warn(f"{other}; the day begins anew with this run's batches")
+            cursors = [[cursor[0], 0, 0] for cursor in cursors]
         self._resume_from = [[int(x) for x in cursor] for cursor in cursors]
         self._handed_out = [self._resume_from]
 
