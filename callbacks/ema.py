@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,7 +15,8 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from typing_extensions import override
 
-from lightning_gr.plugins import SequenceBalancedStrategy, checkpoint_directory
+from lightning_gr.checkpoint.tensors import read_tensors
+from lightning_gr.plugins import SequenceBalancedStrategy
 
 RAW_PREFIX = "ema_raw."
 """Begins the names of the weights in training, beside the averages, in a checkpoint directory."""
@@ -218,17 +218,14 @@ class ExponentialMovingAverage(pl.Callback):
                     raise ValueError(f"{lacks} {name}; {remedy}")
                 weight.copy_(saved[name])
             return
-        if trainer.ckpt_path is None:
-            raise MisconfigurationException(
-                f"ckpt_path={trainer.ckpt_path}: {type(self).__name__} must know which checkpoint is resumed; give it"
-            )
-        path = Path(trainer.strategy.broadcast(str(trainer.ckpt_path)))
-        shapes = checkpoint_directory.tensor_shapes(path)
+        reader = trainer.strategy.checkpoints.loaded
+        assert reader is not None
+        shapes = reader.shapes()
         raw = {RAW_PREFIX + name: weight for name, weight in weights.items()}
         for name in raw:
             if f"state_dict.{name}" not in shapes:
                 raise ValueError(f"{lacks} {name.removeprefix(RAW_PREFIX)}; {remedy}")
-        checkpoint_directory.read_tensors(path, {"state_dict": raw})
+        read_tensors(reader.storage, {"state_dict": raw})
 
 
 def _averaged_weights(trainer: pl.Trainer) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -13,7 +12,12 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_gr.callbacks.ema import RAW_PREFIX
-from lightning_gr.plugins import checkpoint_directory
+from lightning_gr.checkpoint.export_format import Export, is_export
+from lightning_gr.checkpoint.export_tables import load_exported_tables
+from lightning_gr.checkpoint.reader import CheckpointReader
+from lightning_gr.checkpoint.storage import Storage
+from lightning_gr.checkpoint.tensors import read_tensors
+from lightning_gr.plugins import SequenceBalancedStrategy
 
 _Shapes = Mapping[str, tuple[int, ...]]
 
@@ -26,7 +30,8 @@ class InitFrom(pl.Callback):
     apply. A fit that is resumed with ``ckpt_path`` leaves the weights to that checkpoint.
 
     Args:
-        path: a checkpoint directory of ``SequenceBalancedStrategy``, or a checkpoint file of Lightning.
+        path: a checkpoint directory of ``SequenceBalancedStrategy`` or an export, or the URL of one; or a file of
+            Lightning.
 
     Raises:
         FileNotFoundError: nothing is there.
@@ -34,11 +39,12 @@ class InitFrom(pl.Callback):
     """
 
     def __init__(self, *, path: str) -> None:
-        self.path = Path(path)
-        if not self.path.exists():
+        storage = Storage(path)
+        self.path = path
+        if not storage.exists():
             raise FileNotFoundError(f"init_from={path}: no such file or directory; give the path of a saved checkpoint")
-        if self.path.is_dir():
-            checkpoint_directory.check_complete(self.path)
+        if not storage.is_file():
+            Export(storage) if is_export(storage) else CheckpointReader(storage)
         self._resumed = False
 
     @override
@@ -56,30 +62,49 @@ class InitFrom(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._resumed:
             return
-        path = Path(trainer.strategy.broadcast(str(self.path)))
+        storage = Storage(trainer.strategy.broadcast(self.path))
         state = trainer.strategy.lightning_module_state_dict()
         weights = {name: value for name, value in state.items() if isinstance(value, Tensor) or _is_sharded(value)}
-        if path.is_dir():
-            pl_module.on_load_checkpoint(checkpoint_directory.read_meta(path))
+        dynamic = getattr(trainer.strategy, "dynamic", None)
+        absent: list[str] = []
+        if is_export(storage):
+            export = Export(storage)
+            export.verify()
+            pl_module.on_load_checkpoint(export.meta())
+            matching = self._matching(weights, export.shapes())
+            export.load_weights(matching)
+            if dynamic is not None:
+                collections = export.collections()
+                for name in sorted(dynamic.engines.keys() & collections.keys()):  # every rank in one order
+                    load_exported_tables(dynamic.engines[name], collections[name], values_only=True)
+                absent = sorted(dynamic.engines.keys() - collections.keys())
+        elif not storage.is_file():
+            if isinstance(trainer.strategy, SequenceBalancedStrategy):
+                reader = trainer.strategy.checkpoints.verified(storage.location)
+            else:
+                reader = CheckpointReader(storage)
+                reader.verify()
+            pl_module.on_load_checkpoint(reader.meta())
             saved = {
                 key.removeprefix("state_dict."): shape
-                for key, (shape, _) in checkpoint_directory.tensor_shapes(path).items()
+                for key, (shape, _) in reader.shapes().items()
                 if key.startswith("state_dict.") and not key.startswith(f"state_dict.{RAW_PREFIX}")
             }
             matching = self._matching(weights, saved)
-            checkpoint_directory.read_tensors(path, {"state_dict": matching})
-            dynamic = getattr(trainer.strategy, "dynamic", None)
-            if dynamic is not None and (absent := dynamic.load_values(path)):
-                rank_zero_warn(f"init_from={path}: has no dynamic tables of {', '.join(absent)}")
+            read_tensors(reader.storage, {"state_dict": matching})
+            if dynamic is not None:
+                absent = dynamic.load_values(reader.collections())
         else:
-            checkpoint = _read_file(path)
+            checkpoint = _read_file(self.path)
             pl_module.on_load_checkpoint(checkpoint)
             tensors = {name: x for name, x in checkpoint["state_dict"].items() if isinstance(x, Tensor)}
             matching = self._matching(weights, {name: tuple(x.shape) for name, x in tensors.items()})
             for name, weight in matching.items():
                 _copy(tensors[name], weight)
+        if absent:
+            rank_zero_warn(f"init_from={self.path}: has no dynamic tables of {', '.join(absent)}")
         trainer.strategy.barrier("InitFrom: weights loaded")
-        rank_zero_info(f"{len(matching)} weights are those of {path}")
+        rank_zero_info(f"{len(matching)} weights are those of {self.path}")
 
     def _matching(self, weights: Mapping[str, Any], saved: _Shapes) -> dict[str, Any]:
         """Weights that the checkpoint has in the same shape; warns of everything else."""
@@ -106,7 +131,7 @@ def _is_sharded(value: Any) -> bool:
     return hasattr(value, "local_shards")
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def _read_file(path: str) -> dict[str, Any]:
     """A checkpoint file of Lightning; nothing is unpickled but tensors and plain containers."""
     try:
         checkpoint = torch.load(path, weights_only=True, map_location="cpu")
