@@ -20,6 +20,9 @@ TOOLS = {
     "prepare": "PATH OUTPUT: an event log to an event store",
     "store": "check, info, index PATH: event stores",
     "table": "inspect, export, delta, import: dynamic embedding tables in a checkpoint",
+    "checkpoint": "ls, verify, compact: checkpoints, each whole or refused",
+    "resume-check": "--config RECIPE: a run that is killed and resumed ends as one that never stopped",
+    "export": "--config RECIPE --ckpt_path CHECKPOINT --output DIR: weights and tables for those who serve them",
     "compare": "RECIPE ...: train each with several seeds, test metrics with intervals",
     "plan": "--config RECIPE: balance, FLOPs, exchange and memory on 1 to 1,024 ranks, from the store alone",
     "mask": "--config RECIPE: which tokens see which in a batch, and leaks of the future",
@@ -87,6 +90,19 @@ def _dispatch(args: list[str]) -> int:
         from lightning_gr.cli import table
 
         return table.main(args[1:])
+    if command == "checkpoint":
+        from lightning_gr.cli import checkpoint
+
+        return checkpoint.main(args[1:])
+    if command == "resume-check":
+        from lightning_gr.cli import resume_check
+
+        return resume_check.main(args[1:])
+    if command == "export":
+        _check_configs(args)
+        from lightning_gr.cli import export
+
+        return export.main(args[1:])
     if command == "compare":
         from lightning_gr.cli import compare
 
@@ -133,7 +149,7 @@ def _check_configs(args: list[str]) -> None:
 
 def _help() -> str:
     def listed(commands: dict[str, str]) -> str:
-        return "\n".join(f"  {name:<10}{what}" for name, what in commands.items())
+        return "\n".join(f"  {name:<14}{what}" for name, what in commands.items())
 
     return f"""usage: lightning-gr COMMAND [--config RECIPE_OR_FILE ...] [--setting VALUE ...]
 

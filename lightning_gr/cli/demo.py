@@ -53,7 +53,7 @@ def main(argv: Sequence[str]) -> int:
     common = ["--config", RECIPE, "--config", str(overlay)]
     if code := _run(["fit", *common], console):
         return code
-    checkpoint = next(iter(sorted((args.out / "tensorboard" / "checkpoints").glob("best-*.ckpt"))))
+    checkpoint = args.out / "tensorboard" / "checkpoints" / "best.ckpt"
     test_logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(args.out), "name": "", "version": "test"}}
     trained = ["--ckpt_path", str(checkpoint)]
     if code := _run(["test", *common, *trained, "--trainer.logger", json.dumps(test_logger)], console):

@@ -9,11 +9,13 @@ import warnings
 _WARNINGS = (
     "Please use DTensor instead",  # torch, of the ShardedTensors that TorchRec 1.8 still makes
     ".*broadcast_buffers",  # torch, of how TorchRec calls DDP
+    ".*find_unused_parameters=True was specified",  # torch; set for a fixed order of summation
     ".*isinstance\\(treespec, LeafSpec\\)",  # torch, of Lightning's own pytree code
     ".*split_table_batched_embeddings_ops",  # fbgemm, of how TorchRec imports it
     ".*Failed to import: fbgemm_gpu",  # fbgemm, of optional kernels
     "Couldn't infer the batch indices",  # Lightning; sample ids travel in the batch
     "You have overridden `on_before_batch_transfer` in `LightningModule`",  # Lightning; meant so
+    ".*but there is no last checkpoint available",  # Lightning; ResumeCheckpoint says so itself
     "The dirpath has changed from",  # Lightning, when testing a checkpoint of another run's folder
     ".*does not have many workers",  # Lightning; planned loaders collate fast enough in-process
 )

@@ -19,6 +19,8 @@ from lightning_gr.cli.errors import Parser, UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from lightning_gr.checkpoint.reader import CheckpointReader
+    from lightning_gr.checkpoint.storage import Storage
     from lightning_gr.embeddings.dynamic.keyed_rows import KeyRows
     from lightning_gr.embeddings.dynamic.table_parts import TableHeader
 
@@ -29,10 +31,10 @@ _WIDTH_OF_FILES = 160
 
 
 class _Saved(NamedTuple):
-    """A table in a checkpoint."""
+    """A table in a checkpoint, with those that it adds to."""
 
     collection: str
-    folder: Path
+    folders: list[Storage]
     table: str
 
     @property
@@ -54,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def add(name: str, run: Callable[[argparse.Namespace], None], what: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=what, description=what)
-        command.add_argument("checkpoint", metavar="CHECKPOINT", type=Path, help="a checkpoint directory")
+        command.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint directory, or its URL")
         command.set_defaults(run=run)
         return command
 
@@ -90,28 +92,32 @@ def _step(text: str) -> int:
     return int(text)
 
 
-def _tables(checkpoint: Path) -> list[_Saved]:
-    """All tables in a finished checkpoint."""
-    from lightning_gr.embeddings.dynamic.table_files import find_tables, table_names
-    from lightning_gr.plugins.checkpoint_directory import check_complete
+def _reader(checkpoint: str) -> CheckpointReader:
+    from lightning_gr.checkpoint.reader import CheckpointReader
 
-    check_complete(checkpoint)
-    folders = find_tables(checkpoint)
-    found = [_Saved(collection, folder, name) for collection, folder in folders.items() for name in table_names(folder)]
+    return CheckpointReader(checkpoint)
+
+
+def _tables(reader: CheckpointReader) -> list[_Saved]:
+    """All tables in a checkpoint."""
+    from lightning_gr.embeddings.dynamic.table_files import table_names
+
+    collections = reader.collections()
+    found = [_Saved(collection, x, name) for collection, x in collections.items() for name in table_names(x)]
     if not found:
-        raise UserError(f"{checkpoint}: has no dynamic tables; give a checkpoint of a model that has")
+        raise UserError(f"{reader.storage}: has no dynamic tables; give a checkpoint of a model that has")
     return found
 
 
-def _table(checkpoint: Path, name: str) -> _Saved:
-    known = _tables(checkpoint)
+def _table(reader: CheckpointReader, name: str) -> _Saved:
+    known = _tables(reader)
     found = [x for x in known if name in (x.table, x.full_name)]
     if len(found) == 1:
         return found[0]
     if found:
         raise UserError(f"--table {name}: several are called so; choose from {', '.join(x.full_name for x in found)}")
     raise UserError(
-        f"--table {name}: no such table in {checkpoint}; choose from {', '.join(sorted({x.table for x in known}))}"
+        f"--table {name}: no such table in {reader.storage}; choose from {', '.join(sorted({x.table for x in known}))}"
     )
 
 
@@ -119,10 +125,11 @@ def _table(checkpoint: Path, name: str) -> _Saved:
 
 
 def _inspect(args: argparse.Namespace) -> None:
-    chosen = _tables(args.checkpoint) if args.table is None else [_table(args.checkpoint, args.table)]
+    reader = _reader(args.checkpoint)
+    chosen = _tables(reader) if args.table is None else [_table(reader, args.table)]
     tables = [_facts(saved) for saved in chosen]
     if args.json:
-        print(json.dumps({"checkpoint": str(args.checkpoint), "tables": tables}))
+        print(json.dumps({"checkpoint": args.checkpoint, "tables": tables}))
     else:
         _show(args.checkpoint, tables)
 
@@ -130,21 +137,22 @@ def _inspect(args: argparse.Namespace) -> None:
 def _facts(saved: _Saved) -> dict[str, Any]:
     from lightning_gr.embeddings.dynamic.table_files import num_waiting, read_columns, read_header
 
-    header, num_rows = read_header(saved.folder, saved.table)
-    rows = read_columns(saved.folder, saved.table, ["ids", "counts", "last_steps"])
+    header, num_rows = read_header(saved.folders, saved.table)
+    rows = read_columns(saved.folders, saved.table, ["ids", "counts", "last_steps"])
+    files = [folder / saved.table for folder in saved.folders]
     hottest = rows["counts"].argsort(descending=True, stable=True)[:_HOTTEST]
     return {
         "collection": saved.collection,
         "table": saved.table,
         "rows": num_rows,
         "width": header.dim,
-        "bytes": sum(x.stat().st_size for x in (saved.folder / saved.table).iterdir()),
+        "bytes": sum(folder.size(name) for folder in files for name in folder.names()),
         "precision": header.precision,
         "optimizer": header.optimizer,
         "budget": header.budget,
         "budget_share": None if header.budget is None else num_rows / header.budget,
         "admission": header.counter or None,
-        "waiting": num_waiting(saved.folder, saved.table),
+        "waiting": num_waiting(saved.folders, saved.table),
         "next_step": header.next_step,
         "time": header.time,
         "processes": header.world_size,
@@ -168,7 +176,7 @@ def _histogram(values_N: Tensor) -> list[dict[str, int]]:
     return [{"from": (1 << i) >> 1, "to": max((1 << i) - 1, 0), "rows": rows} for i, rows in enumerate(counts)]
 
 
-def _show(checkpoint: Path, tables: list[dict[str, Any]]) -> None:
+def _show(checkpoint: str, tables: list[dict[str, Any]]) -> None:
     from rich.columns import Columns
     from rich.console import Console
     from rich.table import Table
@@ -234,9 +242,9 @@ def _export(args: argparse.Namespace) -> None:
 
     if args.out.suffix not in _FORMATS:
         raise UserError(f"{args.out}: no such format; give a file that ends in {' or '.join(_FORMATS)}")
-    saved = _table(args.checkpoint, args.table)
+    saved = _table(_reader(args.checkpoint), args.table)
     with _new(args.out) as temporary:
-        rows, header = read_table(saved.folder, saved.table, args.since)
+        rows, header = read_table(saved.folders, saved.table, args.since)
         _write_rows(temporary, rows, header)
     print(f"wrote {args.out}: {len(rows.ids_N):,} rows of table {saved.table}, {header.dim} wide")
 
@@ -244,11 +252,11 @@ def _export(args: argparse.Namespace) -> None:
 def _delta(args: argparse.Namespace) -> None:
     from lightning_gr.embeddings.dynamic.table_files import read_table
 
-    tables = _tables(args.checkpoint)
+    tables = _tables(_reader(args.checkpoint))
     lines, steps = [], 0
     with _new(args.out) as temporary:
         for saved in tables:
-            rows, header = read_table(saved.folder, saved.table, args.since)
+            rows, header = read_table(saved.folders, saved.table, args.since)
             name = f"{saved.full_name}.{args.format}"
             (temporary / saved.collection).mkdir(parents=True, exist_ok=True)
             _write_rows(temporary / name, rows, header)
@@ -303,17 +311,20 @@ def _new(path: Path) -> Iterator[Path]:
 
 
 def _import(args: argparse.Namespace) -> None:
+    from lightning_gr.checkpoint.chain import compact
+    from lightning_gr.checkpoint.storage import Storage
+    from lightning_gr.checkpoint.writer import recommit
     from lightning_gr.cli import table_vectors
     from lightning_gr.embeddings.dynamic.table_files import FOLDER, read_header, upsert_rows
-    from lightning_gr.plugins.checkpoint_directory import META_FILENAME
 
     if (args.source is None) == (args.from_static is None):
         raise UserError("table import: give either a file IN or --from-static STATIC")
     if args.from_static is None and (args.key or args.ids):
         raise UserError("table import: --key and --ids are of --from-static; leave them out")
     with _new(args.out) as temporary:
-        saved = _table(args.checkpoint, args.table)
-        header, _ = read_header(saved.folder, saved.table)
+        reader = _reader(args.checkpoint)
+        saved = _table(reader, args.table)
+        header, _ = read_header(saved.folders, saved.table)
         if args.from_static is None:
             origin, (ids_N, values_ND) = str(args.source), table_vectors.read_file(args.source)
         else:
@@ -321,9 +332,12 @@ def _import(args: argparse.Namespace) -> None:
             ids_N, values_ND = table_vectors.read_static(args.from_static, args.key, args.ids)
         table_vectors.check(origin, ids_N, values_ND, header)
         try:
-            shutil.copytree(args.checkpoint, temporary, ignore=shutil.ignore_patterns(META_FILENAME))
+            if reader.storage.is_local and len(reader.chain) == 1:
+                shutil.copytree(reader.storage.location, temporary)
+            else:
+                compact(reader, Storage(temporary))
         except OSError as error:
             raise UserError(f"{args.out}: the checkpoint could not be copied ({error}); make room") from error
         new = upsert_rows(temporary / FOLDER / saved.collection, saved.table, ids_N, values_ND)
-        shutil.copy2(args.checkpoint / META_FILENAME, temporary)
+        recommit(temporary)
     print(f"wrote {args.out}: {len(ids_N):,} rows set in table {saved.table}, {new:,} of them new")

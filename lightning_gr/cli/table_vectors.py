@@ -44,19 +44,17 @@ def read_static(checkpoint: Path, key: str | None, ids_file: Path | None) -> tup
     """
     import torch
 
-    from lightning_gr.plugins.checkpoint_directory import check_complete, read_tensors, tensor_shapes
+    from lightning_gr.checkpoint.reader import CheckpointReader
 
-    check_complete(checkpoint)
-    shapes = tensor_shapes(checkpoint)
+    reader = CheckpointReader(checkpoint)
+    shapes = reader.shapes()
     known = [name for name, (shape, dtype) in shapes.items() if len(shape) == 2 and dtype.is_floating_point]
     if key not in known:
-        said = "missing" if key is None else f"no such table in {checkpoint}"
+        said = "missing" if key is None else f"no such table in {reader.storage}"
         raise UserError(f"--key{'' if key is None else ' ' + key}: {said}; choose from {', '.join(sorted(known))}")
-    shape, dtype = shapes[key]
-    values_ND = torch.empty(shape, dtype=dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that no processes are there
-        read_tensors(checkpoint, {key: values_ND})
+        values_ND = reader.tensors(key)[key]
     if ids_file is None:
         ids_N = torch.arange(len(values_ND))
     elif ids_file.suffix == ".safetensors":
@@ -98,7 +96,7 @@ def check(origin: str, ids_N: Tensor, values_ND: Tensor, header: TableHeader) ->
             "them out"
         )
     # Rows of mixed precision are in fp16 until they are hot.
-    dtype = DTYPES["fp16" if header.precision == "mixed" else header.precision][1]
+    dtype = DTYPES["fp16" if header.precision == "mixed" else header.precision]
     bad_N = ~values_ND.to(dtype).isfinite().all(1)
     if bool(bad_N.any()):
         raise UserError(

@@ -25,6 +25,7 @@ import lightning_gr.plugins  # noqa: F401
 from lightning_gr import __version__
 from lightning_gr._compat import child_processes
 from lightning_gr.callbacks import InitFrom
+from lightning_gr.cli.config_trust import FLAG, Trust, is_denied
 from lightning_gr.cli.errors import USER_ERROR, UserError, one_line
 from lightning_gr.cli.parse_errors import boil, boil_config
 from lightning_gr.cli.quiet import quiet_library_noise
@@ -50,6 +51,8 @@ class RecipeAction(ActionConfigFile):
         try:
             super().__call__(parser, cfg, source, option_string)
         except (TypeError, ValueError, argparse.ArgumentError) as error:
+            if is_denied(str(error)):
+                raise  # Trust knows which file it was
             raise UserError(boil_config(str(error), str(values), parser)) from error
 
 
@@ -62,14 +65,16 @@ class GRCLI(LightningCLI):
     """
 
     def __init__(self, *, args: ArgsType = None, run: bool = True) -> None:
-        super().__init__(
-            save_config_kwargs={"overwrite": True},
-            parser_kwargs={"default_env": True, "env_prefix": "LIGHTNING_GR", "exit_on_error": False},
-            # It would build the optimiser before configure_model has made the parameters.
-            auto_configure_optimizers=False,
-            args=args,
-            run=run,
-        )
+        words = sys.argv[1:] if args is None else args
+        with Trust(words if isinstance(words, list) else []) as self._trust:
+            super().__init__(
+                save_config_kwargs={"overwrite": True},
+                parser_kwargs={"default_env": True, "env_prefix": "LIGHTNING_GR", "exit_on_error": False},
+                # It would build the optimiser before configure_model has made the parameters.
+                auto_configure_optimizers=False,
+                args=self._trust.words if isinstance(words, list) else words,
+                run=run,
+            )
 
     @override
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
@@ -94,6 +99,13 @@ class GRCLI(LightningCLI):
         what = "A checkpoint whose weights training begins with; its step, epoch and optimisers are left out."
         shown = what if subcommand == "fit" else argparse.SUPPRESS
         parser.add_argument("--init_from", type=str | None, default=None, help=shown)
+        # Trust takes it from the command line, so that no configuration can ask for it.
+        parser.add_argument(
+            FLAG,
+            action="store_true",
+            default=argparse.SUPPRESS,
+            help="Lets a configuration that came with a checkpoint or an export name any class.",
+        )
         return parser
 
     @override
@@ -106,6 +118,9 @@ class GRCLI(LightningCLI):
                 "(--init_from null takes it back from a configuration)"
             )
         self._init_from = None if path is None else InitFrom(path=path)
+        settings = self.config[self.subcommand] if self.subcommand else self.config
+        if "weights_only" in settings and settings.weights_only is None:
+            settings.weights_only = True  # Lightning would unpickle what comes from a URL
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -122,10 +137,18 @@ class GRCLI(LightningCLI):
                 self.config = parser.parse_args(args)
             else:
                 super().parse_arguments(parser, args)
-        except argparse.ArgumentError as error:
+        except (argparse.ArgumentError, TypeError, ValueError) as error:
+            if (refused := self._trust.explained(str(error))) is not None:
+                raise refused from error
+            if not isinstance(error, argparse.ArgumentError):
+                raise
             words = args if isinstance(args, list) else sys.argv[1:]
             used = next((self._subcommand_parsers[word] for word in words if word in self._subcommand_parsers), None)
             raise UserError(boil(str(error), used)) from error
+        subcommand = self.config.get("subcommand")
+        if subcommand is not None:
+            settings = self.config[subcommand]
+            self._trust.check_hyperparameters(settings.get("ckpt_path"), settings.as_dict())
 
     @override
     def _run_subcommand(self, subcommand: str) -> None:
