@@ -53,7 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe["model"]["init_args"]["encoder"]["init_args"] |= {"dim": 16, "num_layers": 1}
     (folder / "one.yaml").write_text(yaml.safe_dump(recipe))
     recipe["model"]["init_args"]["optimizer"]["init_args"]["lr"] = 0.02
-    checkpoint = next(x for x in recipe["trainer"]["callbacks"] if x["class_path"].endswith("ModelCheckpoint"))
+    checkpoint = next(x for x in recipe["trainer"]["callbacks"] if x["class_path"].endswith("ResumeCheckpoint"))
     checkpoint["init_args"]["dirpath"] = "shared"  # all runs would write into it
     (folder / "two.yaml").write_text(yaml.safe_dump(recipe))
     recipe["model"]["init_args"]["temperature"] = -1.0
@@ -98,14 +98,14 @@ def test_a_run_is_what_fit_and_test_give_by_hand(folder: Path) -> None:
     script = (
         "import json, sys\nfrom pathlib import Path\nfrom lightning_gr.cli import main\n"
         "common = json.loads(sys.argv[1])\nassert main(['fit', *common]) == 0\n"
-        "(checkpoint,) = Path('hand/logs/checkpoints').glob('best-*.ckpt')\n"
+        "(checkpoint,) = Path('hand/logs/checkpoints').glob('best.ckpt')\n"
         "sys.exit(main(['test', *common, '--ckpt_path', str(checkpoint)]))\n"
     )
     command = [sys.executable, "-c", script, json.dumps(common)]
     printed = subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True, check=True).stdout
-    (checkpoint,) = (folder / "hand" / "logs" / "checkpoints").glob("best-*.ckpt")
+    (checkpoint,) = (folder / "hand" / "logs" / "checkpoints").glob("best.ckpt")
     result = rows(read(folder / "numbers.json"))["one"]["runs"]["2"]
-    assert Path(result["checkpoint"]).name == checkpoint.name
+    assert Path(result["checkpoint"]).name == checkpoint.resolve().name
     reached = {name: value for name, value in result["metrics"].items() if name.startswith("test/")}
     assert len(reached) >= 3
     for name, value in reached.items():

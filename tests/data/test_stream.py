@@ -261,7 +261,7 @@ def test_a_state_of_ranks_holds_for_as_many_and_for_its_mode() -> None:
         loader(days, world_size=2).load_state_dict(of_two)
     with pytest.raises(ValueError, match=r"mode=local: .* read in mode planned"):
         shared(days, 0, 2).load_state_dict(loader(days).state_dict())
-    with pytest.raises(ValueError, match=r"tokens_per_rank: the checkpoint's stream was cut with 7, this run has 8"):
+    with pytest.raises(ValueError, match=r"tokens_per_rank: the checkpoint's data plan has 7, this run has 8"):
         shared(days, 0, 2, tokens=8).load_state_dict(of_two)
     shared(days, 1, 2, mode="exchange").load_state_dict(of_two)  # reads as local does
     with pytest.raises(ValueError, match=r"mode='auto': expected one of planned, local, exchange"):
@@ -272,7 +272,7 @@ def test_a_state_of_ranks_holds_for_as_many_and_for_its_mode() -> None:
 
 def test_another_cut_is_refused() -> None:
     days = make_days([[(7, 3)]])
-    with pytest.raises(ValueError, match=r"global_tokens: the checkpoint's stream was cut with 12, this run has 14"):
+    with pytest.raises(ValueError, match=r"global_tokens: the checkpoint's data plan has 12, this run has 14"):
         loader(days, global_tokens=14).load_state_dict(loader(days).state_dict())
     with pytest.raises(ValueError, match=r"global_tokens=9: samples may have max_length=5.*at least 10"):
         loader(days, global_tokens=9)

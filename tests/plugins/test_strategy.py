@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_gr.checkpoint.writer import recommit
+
 pytestmark = pytest.mark.dist
 
 STEPS = 20
@@ -289,13 +291,16 @@ def test_what_is_not_a_checkpoint_is_refused_by_name(gloo: Any, log: str, tmp_pa
         (message,) = gloo(1).run(run_refused, 1, log, str(path))
         assert str(path) in message
         assert "\n" not in message
+    # Who puts in a hostile file puts in its checksum too.
     pickled = (good / ".metadata").read_bytes()
     (good / ".metadata").write_bytes(b"cos\nsystem\n(S'true'\ntR.")
+    recommit(good)
     (message,) = gloo(1).run(run_refused, 1, log, str(good))
     assert ".metadata" in message
     assert "os.system" in message
     (good / ".metadata").write_bytes(pickled)
     (good / "meta.pt").write_bytes(b"torn")
+    recommit(good)
     (message,) = gloo(1).run(run_refused, 1, log, str(good))
     assert "meta.pt" in message
 

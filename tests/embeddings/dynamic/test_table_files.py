@@ -15,6 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from lightning_gr.checkpoint.storage import Storage
 from lightning_gr.embeddings.dynamic import (
     Admission,
     DynamicEngine,
@@ -22,8 +23,8 @@ from lightning_gr.embeddings.dynamic import (
     Eviction,
     SparseOptimizerConfig,
     TablePolicy,
+    safetensors_stream,
 )
-from lightning_gr.embeddings.dynamic import table_parts as parts_module
 from lightning_gr.embeddings.dynamic.table_files import (
     find_tables,
     load_tables,
@@ -173,7 +174,7 @@ def test_training_uses_every_sort_of_row(saved: tuple[Path, dict[str, Any]]) -> 
     statistics = {t.names[i]: x for t in engine.tables for i, x in enumerate(t.statistics)}
     assert statistics["item"].evicted > 0
     assert statistics["shop"].rejected > 0
-    assert find_tables(folder.parents[1]) == {"model.tables": folder}
+    assert find_tables(folder.parents[1]) == {"model.tables": Storage(folder)}
     assert table_names(folder) == ["item", "score", "shop", "shop#bucket", "word"]
     assert num_waiting(folder, "shop") == len(state["shop waits"])
     assert num_waiting(folder, "word") is None
@@ -188,7 +189,7 @@ def test_one_process_reads_what_it_saved(saved: tuple[Path, dict[str, Any]]) -> 
 
 
 def test_pieces_make_no_difference(saved: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts_module, "_PIECE_ROWS", 5)
+    monkeypatch.setattr(safetensors_stream, "PIECE_BYTES", 50)
     assert job(str(saved[0]), range(0), None) == saved[1]
 
 
