@@ -127,8 +127,21 @@ class CheckpointWriter:
         with contextlib.suppress(OSError):  # it is a checkpoint by now, whatever is left lying about
             self.where.remove(SAVING_FILENAME)
         if self.target.is_local:
-            _rename(self.where, self.target)
+            try:
+                _rename(self.where, self.target)
+            except FileNotFoundError:
+                if not self._was_named_by_another():
+                    if still_ours is not None:
+                        still_ours()
+                    raise
         return manifest
+
+    def _was_named_by_another(self) -> bool:
+        """Whether a run that goes on from this folder has swept it, and so given this checkpoint its name already."""
+        try:
+            return Manifest.read(self.target).id == self.id
+        except ValueError:
+            return False
 
     def give_up(self) -> None:
         """Removes what was written, unless it is a checkpoint by now; the reason is somebody else's to tell."""
@@ -154,7 +167,11 @@ def _rename(source: Storage, target: Storage) -> None:
         return
     old = f"{source.name}.old"
     target.rename_to(old)
-    source.rename_to(target.name)
+    try:
+        source.rename_to(target.name)
+    except FileNotFoundError:  # another run was faster, and what has moved aside may be what was to get the name
+        (target.parent / old).rename_to(target.name)
+        raise
     with contextlib.suppress(OSError):
         remove_checkpoint(target.parent / old)
 
@@ -222,12 +239,13 @@ def remove_unfinished(folder: Storage) -> list[Storage]:
         if (match := _UNNAMED.fullmatch(name)) is None or not folder.is_file(f"{name}/{META_FILENAME}"):
             continue
         target = folder / match[1]
-        if match[2] is None:
-            _rename(folder / name, target)
-        elif target.is_file(META_FILENAME):
-            remove_checkpoint(folder / name)
-        elif not target.exists():
-            (folder / name).rename_to(match[1])
+        with contextlib.suppress(FileNotFoundError):  # the run that made it has just given it its name
+            if match[2] is None:
+                _rename(folder / name, target)
+            elif target.is_file(META_FILENAME):
+                remove_checkpoint(folder / name)
+            elif not target.exists():
+                (folder / name).rename_to(match[1])
     # What a late writer of another run has made again lacks even the mark.
     found = [
         folder / name

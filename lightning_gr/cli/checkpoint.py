@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lightning_gr.checkpoint.storage import Storage
 
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
-_WIDTH_OF_FILES = 200
+_WIDTH_OF_FILES = 10_000
 
 
 def main(argv: Sequence[str]) -> int:
@@ -81,7 +81,7 @@ def _row(storage: Storage) -> tuple[tuple[int, str], list[str]] | None:
     try:
         manifest, state = CheckpointReader(storage).manifest, "link" if storage.is_link() else "complete"
     except (ValueError, FileNotFoundError) as error:
-        state = str(error)
+        state = str(error).replace(str(storage), storage.name)
         try:
             manifest = Manifest.read(storage)
         except ValueError:

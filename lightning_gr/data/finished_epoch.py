@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import lightning.pytorch as pl
 from lightning.pytorch.loops.loop import _Loop
 
@@ -11,6 +13,9 @@ def leave_finished_epoch(trainer: pl.Trainer, *, unsized: bool = False) -> None:
 
     Lightning 2.6 does so by itself only without ``max_steps``: with it, every load counts as a restart within an epoch,
     and the run trains one batch too many in the finished epoch and then skips the epoch that is due.
+
+    A run that was told to stop within an epoch (``max_steps``, ``max_time``, an early stop) counts that epoch, too, as
+    finished. Where the training loader knows its position, the resumed run goes on with the epoch's other batches.
 
     Args:
         trainer: the run.
@@ -23,6 +28,11 @@ def leave_finished_epoch(trainer: pl.Trainer, *, unsized: bool = False) -> None:
     if loop is None:
         return
     current = loop.epoch_progress.current
+    if current.ready == current.started == current.processed and _was_cut_short(loop):
+        for progress in (current, loop.epoch_progress.total):
+            progress.processed = progress.completed = progress.started - 1
+        _Loop.restarting.fset(loop, True)  # type: ignore[attr-defined]
+        return
     if unsized and current.ready == current.started == current.processed == current.completed + 1:
         loop.epoch_progress.increment_completed()
     elif not loop.restarting:
@@ -35,3 +45,9 @@ def leave_finished_epoch(trainer: pl.Trainer, *, unsized: bool = False) -> None:
     if finished:
         # The loop's own setter would keep the restart; this one is that of every other loop, and reaches its children.
         _Loop.restarting.fset(loop, False)  # type: ignore[attr-defined]
+
+
+def _was_cut_short(loop: Any) -> bool:
+    """Whether an epoch has batches left which its loader, by the position in the checkpoint, will give."""
+    batches = loop.epoch_loop.batch_progress
+    return bool(loop._combined_loader_states_to_load) and batches.current.ready > 0 and not batches.is_last_batch

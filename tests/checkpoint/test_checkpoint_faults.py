@@ -686,6 +686,40 @@ def test_killed_while_an_unfinished_save_is_cleared(tmp_path: Path) -> None:
     assert moments(once) > 3
 
 
+@pytest.mark.parametrize("over", [False, True])
+def test_a_folder_that_is_swept_just_as_a_save_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, over: bool
+) -> None:
+    """By a run that goes on from there: it names what is complete, whichever of the two comes first."""
+    if over:
+        small_save(tmp_path / "1.ckpt", 1)
+    rename, swept = storage_module.Storage.rename_to, []
+
+    def sweeping(self: Storage, name: str) -> None:
+        if not swept:
+            swept.append(name)
+            remove_unfinished(Storage(tmp_path))
+        rename(self, name)
+
+    monkeypatch.setattr(storage_module.Storage, "rename_to", sweeping)
+    small_save(tmp_path / "1.ckpt", 2)
+    assert swept
+    assert number_of(tmp_path / "1.ckpt") == 2
+    assert [x.name for x in tmp_path.iterdir()] == ["1.ckpt"]
+
+
+def test_a_save_that_another_run_has_removed_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rename = storage_module.Storage.rename_to
+
+    def removing(self: Storage, name: str) -> None:
+        remove_checkpoint(self)
+        rename(self, name)
+
+    monkeypatch.setattr(storage_module.Storage, "rename_to", removing)
+    with pytest.raises(FileNotFoundError):
+        small_save(tmp_path / "1.ckpt", 2)
+
+
 def test_a_full_disk_can_be_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in (1, 2):
         small_save(tmp_path / f"{number}.ckpt", number)

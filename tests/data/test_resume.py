@@ -66,6 +66,19 @@ class Save(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         self.save(trainer, "epoch")
 
+    def on_train_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.save(trainer, "end")
+
+
+class StopAfter(pl.Callback):
+    """Ends a run within an epoch."""
+
+    def __init__(self, num_steps: int) -> None:
+        self.num_steps = num_steps
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step >= self.num_steps
+
 
 def fit(data: SequenceDataModule, *callbacks: pl.Callback, ckpt_path: Path | None = None, **settings: Any) -> Any:
     module = Module()
@@ -144,6 +157,24 @@ def test_a_finished_run_can_be_lengthened(log_file: Path, tmp_path: Path) -> Non
         for place in ("batch", "epoch"):
             resumed = fit(make_data(log_file), ckpt_path=tmp_path / f"{place}-5.ckpt", **longer)
             assert resumed == steps[5 : longer.get("max_steps", len(steps))], (place, longer)
+
+
+@pytest.mark.parametrize("by", ["max_steps", "should_stop"])
+@pytest.mark.parametrize("done", [3, 8])
+def test_a_run_that_was_stopped_within_an_epoch_goes_on_in_it(
+    log_file: Path, tmp_path: Path, by: str, done: int
+) -> None:
+    save = Save(tmp_path)
+    if by == "max_steps":
+        fit(make_data(log_file), save, max_steps=done)
+        longer: dict[str, Any] = {"max_steps": 12}
+    else:
+        fit(make_data(log_file), save, StopAfter(done), max_epochs=3)
+        longer = {"max_epochs": 3}
+    steps = planned(log_file, 3)
+    for place in ("batch", "epoch", "end"):
+        resumed = fit(make_data(log_file), ckpt_path=tmp_path / f"{place}-{done}.ckpt", **longer)
+        assert resumed == steps[done : longer.get("max_steps", len(steps))], place
 
 
 def test_the_state_is_read_without_pickled_objects(log_file: Path, tmp_path: Path) -> None:
