@@ -136,6 +136,12 @@ class DLRM(nn.Module):
         )
         return pooled_NHV.flatten(1)
 
+    def visible_pairs(self, batch: SequenceBatch) -> Tensor:
+        """Pairs of a candidate and an event before it, an int64 number on the batch's device."""
+        candidate = token_places(batch, TokenKind.CANDIDATE).to(batch.device, non_blocking=True)
+        fixed = (batch.token_counts_B4[:, TokenKind.STATIC] * batch.token_counts_B4[:, TokenKind.CANDIDATE]).sum()
+        return num_earlier(batch)[candidate].sum() + int(fixed)
+
     def flops(self, counts_4: Sequence[int], num_visible_pairs: int) -> int:
         """Forward floating-point operations.
 

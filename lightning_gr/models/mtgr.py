@@ -93,6 +93,16 @@ class MTGR(nn.Module):
         states_ND: Tensor = self.norm(states_TD[candidate_places(batch)])
         return states_ND
 
+    def visible_pairs(self, batch: SequenceBatch) -> Tensor:
+        """Pairs of tokens that the mask shows, an int64 number on the batch's device."""
+        mask = self.attention_inputs(batch)["mask"]
+        pairs: Tensor = mask.num_visible_B(batch.layout, batch.layout).sum()
+        return pairs
+
+    def recomputed_flops(self, counts_4: Sequence[int], num_visible_pairs: int) -> int:
+        """What backward computes a second time; arguments as of `flops`."""
+        return self.encoder.flops(sum(counts_4), num_visible_pairs) if self.encoder.recompute else 0
+
     def flops(self, counts_4: Sequence[int], num_visible_pairs: int) -> int:
         """Forward floating-point operations.
 

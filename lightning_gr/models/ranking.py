@@ -19,12 +19,13 @@ from torch.nn import functional as F  # noqa: N812
 from typing_extensions import override
 
 from lightning_gr.balancing.cost import TOKENS, SequenceCost, cost_of
-from lightning_gr.batch import SequenceBatch
+from lightning_gr.batch import SequenceBatch, TokenKind
 from lightning_gr.data.raw_ids import RowsOfKeys, refuse_static_tables
 from lightning_gr.embeddings import embedding_collection
 from lightning_gr.embeddings.dynamic import DynamicTables
 from lightning_gr.layers.multi_task import MultiTaskHeads
 from lightning_gr.metrics import AUC, Calibration, GroupedAUC, NormalizedEntropy, WeightedMean
+from lightning_gr.models.forward_flops import ForwardFlops
 from lightning_gr.models.parameter_groups import ParameterGroup, optimizer_and_schedule
 from lightning_gr.models.ranking_tokens import candidate_places
 from lightning_gr.ops.backend import Backend, use_backend
@@ -252,6 +253,25 @@ class RankingModule(pl.LightningModule):
         if cost == TOKENS or self.heads is None:
             return cost
         return SequenceCost(cost.linear + self.heads.flops(1) / 2, cost.quadratic)
+
+    def flops(self, batch: SequenceBatch) -> ForwardFlops | None:
+        """Forward operations of a batch, for MFU; None for a network that does not count its own.
+
+        The network's ``flops(counts, pairs)`` is linear in both, and ``visible_pairs(batch)`` says how many pairs.
+        """
+        count, pairs_of = (getattr(self.network, name, None) for name in ("flops", "visible_pairs"))
+        if count is None or pairs_of is None or self.heads is None or self.features is None:
+            return None
+        counts_4, pairs = batch.token_counts_B4.sum(0).tolist(), pairs_of(batch)
+        again = getattr(self.network, "recomputed_flops", None)
+        pooled = sum(batch.features[name].values().numel() for name in self.features.contextual)
+        return ForwardFlops(
+            attention=count([0, 0, 0, 0], 1) * pairs,
+            projections=count(counts_4, 0),
+            embedding=pooled * self.embedding_dim,
+            head=self.heads.flops(counts_4[TokenKind.CANDIDATE]),
+            recomputed=0 if again is None else again([0, 0, 0, 0], 1) * pairs + again(counts_4, 0),
+        )
 
     # ---- Lightning's steps -------------------------------------------------------------------------------------
 

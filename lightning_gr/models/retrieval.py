@@ -33,12 +33,14 @@ from lightning_gr.embeddings import (
 from lightning_gr.embeddings.dynamic import DynamicTables
 from lightning_gr.metrics import NDCG, HitRate, MeanReciprocalRank, WeightedMean
 from lightning_gr.models.corpus import Corpus, item_vocabulary
+from lightning_gr.models.forward_flops import ForwardFlops
 from lightning_gr.models.parameter_groups import ParameterGroup, optimizer_and_schedule
 from lightning_gr.models.sequence_cost import causal
 from lightning_gr.negatives import UniformNegatives
 from lightning_gr.ops.backend import Backend, use_backend
+from lightning_gr.ops.full_softmax import full_softmax_flops
 from lightning_gr.ops.interval_mask import IntervalMask
-from lightning_gr.ops.sampled_softmax import sampled_logits
+from lightning_gr.ops.sampled_softmax import sampled_logits, sampled_softmax_flops
 
 if TYPE_CHECKING:
     from torchrec import EmbeddingCollection
@@ -419,6 +421,33 @@ class RetrievalModule(pl.LightningModule):
             return cost
         per_query = 2 * (1 + self.negatives.num_negatives) * int(self.encoder.dim)  # type: ignore[arg-type]
         return SequenceCost(cost.linear + per_query, cost.quadratic)
+
+    def flops(self, batch: SequenceBatch) -> ForwardFlops | None:
+        """Forward operations of a batch, for MFU; None for an encoder that does not count its own.
+
+        Scores are those of this batch's labels against all candidates, on whichever process they are computed.
+        """
+        count = getattr(self.encoder, "flops", None)
+        if count is None:
+            return None
+        lengths_B = batch.layout.lengths_B
+        pairs, dim = int((lengths_B * (lengths_B + 1) // 2).sum()), int(self.encoder.dim)  # type: ignore[arg-type]
+        head = again = 0
+        if TASK in batch.labels:
+            num_labels = batch.labels[TASK].num_labels
+            if self.draws:
+                head = sampled_softmax_flops(num_labels, self.negatives.num_negatives, dim)
+            else:
+                everything = batch.denominators[TASK] if self.in_batch else self.num_items or 0
+                head = full_softmax_flops(num_labels, int(everything), dim)
+                again = head  # the logits are not kept for backward
+        encoded = count(batch.num_tokens, pairs)
+        return ForwardFlops(
+            attention=count(0, pairs),
+            projections=count(batch.num_tokens, 0),
+            head=head,
+            recomputed=again + (encoded if getattr(self.encoder, "recompute", False) else 0),
+        )
 
     # ---- Lightning's steps -------------------------------------------------------------------------------------
 
