@@ -2,8 +2,9 @@
 
 from lightning_gr.callbacks.ema import ExponentialMovingAverage
 from lightning_gr.callbacks.init_from import InitFrom
+from lightning_gr.callbacks.mfu_monitor import MFUMonitor
 from lightning_gr.callbacks.progress_bar import GRProgressBar
 from lightning_gr.callbacks.resume_checkpoint import ResumeCheckpoint
 from lightning_gr.callbacks.top_k_writer import TopKWriter
 
-__all__ = ["ExponentialMovingAverage", "GRProgressBar", "InitFrom", "ResumeCheckpoint", "TopKWriter"]
+__all__ = ["ExponentialMovingAverage", "GRProgressBar", "InitFrom", "MFUMonitor", "ResumeCheckpoint", "TopKWriter"]
