@@ -5,6 +5,15 @@ from lightning_gr.callbacks.init_from import InitFrom
 from lightning_gr.callbacks.mfu_monitor import MFUMonitor
 from lightning_gr.callbacks.progress_bar import GRProgressBar
 from lightning_gr.callbacks.resume_checkpoint import ResumeCheckpoint
+from lightning_gr.callbacks.table_monitor import TableMonitor
 from lightning_gr.callbacks.top_k_writer import TopKWriter
 
-__all__ = ["ExponentialMovingAverage", "GRProgressBar", "InitFrom", "MFUMonitor", "ResumeCheckpoint", "TopKWriter"]
+__all__ = [
+    "ExponentialMovingAverage",
+    "GRProgressBar",
+    "InitFrom",
+    "MFUMonitor",
+    "ResumeCheckpoint",
+    "TableMonitor",
+    "TopKWriter",
+]

@@ -53,6 +53,11 @@ class RowBudget:
                 )
         self._share_G = share_G
 
+    @property
+    def num_rows(self) -> int:
+        """Rows that fit on all processes together, shared ones left out."""
+        return int(self._share_G.sum())
+
     def excess(self) -> Tensor:
         """How many rows too many each group has, int64 (G,) on the host."""
         return (self._rows.group_rows[self._table] - self._share_G).clamp(min=0)

@@ -88,6 +88,21 @@ class ExchangeStatistics:
     row_bytes: int = 0
 
 
+@dataclass
+class DedupCounts:
+    """What deduplication left of one table's ids, over all training lookups of a process.
+
+    Args:
+        ids: looked up by this process.
+        sent: keys of these, after the first stage.
+        arrived: keys that all processes looked up here, after the second stage.
+    """
+
+    ids: int = 0
+    sent: int = 0
+    arrived: int = 0
+
+
 class LookupExchange:
     """The keys of one lookup under way; its methods are called in the order in which they stand here.
 
@@ -133,7 +148,7 @@ class LookupExchange:
         self._precision, self._training = precision, training
         self._num_tables = len(placement.dims)
         self.time = time
-        self._num_ids, self._work = len(ids_N), None
+        self._ids_T, self._work = _differences(offsets_T1), None
         self._received: UniqueKeys | None = None
         self._keys_R2: Tensor | None = None
         # Of one process the two stages are the same.
@@ -272,7 +287,7 @@ class LookupExchange:
     def statistics(self, into: ExchangeStatistics) -> None:
         """Adds what this lookup moved."""
         sent, received = self._sent_WT, self._received_WT
-        into.ids += self._num_ids
+        into.ids += sum(self._ids_T)
         into.sent_keys += sum(map(sum, sent))
         into.received_keys += sum(map(sum, received))
         into.looked_up_keys += self.received_keys().offsets_T1[-1]
@@ -282,6 +297,14 @@ class LookupExchange:
             elements = [sum(n * d for n, d in zip(row, dims, strict=True)) for row in received]
             width = DTYPES[self._precision].itemsize
             into.row_bytes += width * sum(n for w, n in enumerate(elements) if w != own)
+
+    def dedup_counts(self, into: Sequence[DedupCounts]) -> None:
+        """Adds what deduplication did to each table's ids."""
+        arrived_T = _differences(self.received_keys().offsets_T1)
+        for counts, ids, sent, arrived in zip(into, self._ids_T, _sums(self._sent_WT), arrived_T, strict=True):
+            counts.ids += ids
+            counts.sent += sent
+            counts.arrived += arrived
 
     def _by_physical(self, counts_WT: list[list[int]]) -> list[list[int]]:
         return [[sum(row[a:b]) for a, b in self._placement.spans] for row in counts_WT]
@@ -306,6 +329,10 @@ def _distinct(ids_N: Tensor, offsets_T1: Sequence[int], counts_N: Tensor | None,
 
 def _totals(counts_WT: list[list[int]]) -> list[int]:
     return [sum(row) for row in counts_WT]
+
+
+def _sums(counts_WT: list[list[int]]) -> list[int]:
+    return [sum(column) for column in zip(*counts_WT, strict=True)]
 
 
 def _differences(offsets: Sequence[int]) -> list[int]:

@@ -162,9 +162,15 @@ class KeyIndex:
         self._num_tombstones += len(slots_K) - int(is_last_K.sum())
         return rows_K
 
-    def entries(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids, tables and rows (int64) of all keys, in no order that means anything."""
-        keys, rows_K = self._slots.entries()
+    def entries(self, num_slots: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, tables and rows (int64) of all keys, in no order that means anything.
+
+        Args:
+            num_slots: only of the keys in the first so many slots, a fair sample, since hashes choose the slots.
+        """
+        ids_M, rows_M, tables_M, salts_T = self._slots
+        tables_M = None if tables_M is None else tables_M[:num_slots]
+        keys, rows_K = Slots(ids_M[:num_slots], rows_M[:num_slots], tables_M, salts_T).entries()
         return keys.ids_N, torch.zeros_like(rows_K) if keys.tables_N is None else keys.tables_N.long(), rows_K
 
     def entries_of(self, shards_flagged: Tensor) -> tuple[Tensor, Tensor, Tensor]:

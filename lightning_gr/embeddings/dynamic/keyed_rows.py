@@ -150,9 +150,9 @@ class KeyedRows:
         """Rows of keys, -1 where absent; changes nothing."""
         return self.index.find(*self.index_keys(ids_N, table))
 
-    def entries_of(self, index: KeyIndex) -> tuple[Tensor, Tensor, Tensor]:
-        """Ids, tables and rows of all keys in a copy of the index."""
-        keys_N, tables_N, rows_N = index.entries()
+    def entries_of(self, index: KeyIndex, num_slots: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """Ids, tables and rows of all keys in a copy of the index, or of those in its first slots."""
+        keys_N, tables_N, rows_N = index.entries(num_slots)
         if self._encodes:
             tables_N, keys_N = decode_ids(keys_N, len(self.key_names))
         return keys_N, tables_N, rows_N
@@ -171,6 +171,11 @@ class KeyedRows:
             flagged_N = groups_G.to(self.device)[self.groups(table, ids_N)]
             ids_N, rows_N = ids_N[flagged_N], rows_N[flagged_N]
         return ids_N, rows_N
+
+    def sampled_rows(self, *, num_slots: int, most: int) -> list[Tensor]:
+        """Of each table the rows of up to `most` of the keys in the index's first slots, shared rows left out."""
+        _, tables_N, rows_N = self.entries_of(self.index, num_slots)
+        return [rows_N[tables_N == table][:most] for table in range(len(self.configs))]
 
     # ---- rows come and go --------------------------------------------------------------------------------------
 

@@ -15,7 +15,13 @@ from torch import Tensor
 
 from lightning_gr.embeddings.dynamic.dynamic_lookup import DynamicLookup
 from lightning_gr.embeddings.dynamic.dynamic_table import DynamicTable
-from lightning_gr.embeddings.dynamic.exchange import Dedup, ExchangePrecision, ExchangeStatistics, LookupExchange
+from lightning_gr.embeddings.dynamic.exchange import (
+    Dedup,
+    DedupCounts,
+    ExchangePrecision,
+    ExchangeStatistics,
+    LookupExchange,
+)
 from lightning_gr.embeddings.dynamic.key_index import key_hash
 from lightning_gr.embeddings.dynamic.peers import Peers, Traffic
 from lightning_gr.embeddings.dynamic.pending_gradients import PendingGradients
@@ -37,6 +43,7 @@ class TableLookups(ShardedTables):
         next_step: number of the step that is under way.
         time: seconds of the data's clock.
         statistics: what lookups moved.
+        dedup_counts: of each table, what deduplication left of its ids.
         traffic: collectives and bytes by what they carry.
     """
 
@@ -50,6 +57,7 @@ class TableLookups(ShardedTables):
         self.next_step = 0
         self.time = self._observed = 0
         self.statistics = ExchangeStatistics()
+        self.dedup_counts = [DedupCounts() for _ in self.configs]
         self.traffic = {kind: Traffic() for kind in _KINDS}
         self._pending = [PendingGradients(dim=table.dim, device=self.device) for table in self.tables]
         self._waiting: DynamicLookup | None = None
@@ -170,6 +178,7 @@ class TableLookups(ShardedTables):
                 seeds = self._seeds(table, ids_U, [x - offsets[0] for x in offsets])
             lookup.seeds.append(seeds)
         lookup.exchange.statistics(self.statistics)
+        lookup.exchange.dedup_counts(self.dedup_counts)
 
     @staticmethod
     def _seeds(table: DynamicTable, ids_U: Tensor, offsets_T1: list[int]) -> Tensor:
