@@ -6,6 +6,7 @@ which holds a full set of tables, spread over its members. Processes with the sa
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,15 @@ class Traffic:
 
     calls: int = 0
     bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self._lock = threading.Lock()  # lookups of batches ahead travel in a thread of their own
+
+    def add(self, num_bytes: int) -> None:
+        """Counts one more collective."""
+        with self._lock:
+            self.calls += 1
+            self.bytes += num_bytes
 
 
 @dataclass(frozen=True)
@@ -73,9 +83,8 @@ class Wire:
             received: length of those that arrive.
         """
         incoming = empty((sum(received), *outgoing.shape[1:]), outgoing.dtype, outgoing.device)
-        self.traffic.calls += 1
         elements = sum(sent) - sent[self.group.rank()]
-        self.traffic.bytes += elements * outgoing[:1].numel() * outgoing.element_size() if len(outgoing) else 0
+        self.traffic.add(elements * outgoing[:1].numel() * outgoing.element_size() if len(outgoing) else 0)
         work = dist.all_to_all_single(incoming, outgoing, list(received), list(sent), group=self.group, async_op=True)
         return incoming, work
 
