@@ -185,6 +185,7 @@ class Checkpoints:
     def _begin(
         self, tensors: dict[str, Any], target: Storage, where: Storage, options: SaveOptions, adds: bool
     ) -> _Save:
+        own = pack(rank_state(self._trainer))  # before the tables are held: it may refuse
         last = self._published if adds else None
         self.last_base = None if last is None else last.target.name
         tables = self._dynamic.begin_save(
@@ -196,7 +197,7 @@ class Checkpoints:
             target=target,
             where=where,
             tensors=tensors,
-            own=pack(rank_state(self._trainer)),
+            own=own,
             tables=tables,
             options=options,
             next_steps={path: engine.next_step for path, engine in self._dynamic.engines.items()},
