@@ -30,6 +30,7 @@ class PipelinedLoader:
     the CPU fetch (if `fetch_apart`) and those that look up have a thread each; hooks run where they run without a
     pipeline, in the training process's main thread. On a GPU copy and lookup are issued from the main thread on a
     stream each, since collectives of several threads could reach the device in different orders on different ranks.
+    The log has two more: what the main thread waited for, *await_fetch* and *await_lookup*.
 
     Every rank has the same batches in flight at the same step, so that the collectives of a stage that are under way
     when iteration stops find their partners.
@@ -225,7 +226,7 @@ class _Run:
     def __iter__(self) -> Iterator[tuple[StagedBatch, dict[str, Any]]]:
         of = self._of
         # In this thread, so that a DataLoader starts its workers and their signal handlers from here.
-        self._fetched.append(done(self._fetch))
+        self._fetched.append(self._fetch_here())
         while True:
             while self._fetched and len(self._flight) <= of.depth:
                 self._admit()
@@ -237,14 +238,19 @@ class _Run:
             flying = self._flight.popleft()
             if flying.error is not None:
                 raise flying.error
-            if (arrival := flying.staged.lookups.arrival) is not None:
-                arrival.result()
-            else:
-                stage = "wait" if of.waits_apart else "lookup"
-                with self._on(self._lookup_stream), of.log.record(stage, flying.staged.number):
-                    flying.staged.lookups.finish()
+            with of.log.record("await_lookup", flying.staged.number):
+                self._finish(flying.staged)
             self._hand_over(flying)
             yield flying.staged, flying.state
+
+    def _finish(self, staged: StagedBatch) -> None:
+        """Waits until the ids of a batch have arrived, or sees to it."""
+        if (arrival := staged.lookups.arrival) is not None:
+            arrival.result()
+            return
+        stage = "wait" if self._of.waits_apart else "lookup"
+        with self._on(self._lookup_stream), self._of.log.record(stage, staged.number):
+            staged.lookups.finish()
 
     # ---- stages ------------------------------------------------------------------------------------------------
 
@@ -260,10 +266,22 @@ class _Run:
         self._of.log.add("fetch", number, began, time.perf_counter())
         return number, batch, state_of(self._of.loader)
 
+    def _fetch_here(self) -> Future[Any]:
+        """Fetches in this thread, which waits for it."""
+        began = time.perf_counter()
+        future = done(self._fetch)
+        self._await_fetch(future, began)
+        return future
+
+    def _await_fetch(self, future: Future[Any], began: float) -> None:
+        if future.exception() is None and (fetched := future.result()) is not _END:
+            self._of.log.add("await_fetch", fetched[0], began, time.perf_counter())
+
     def _admit(self) -> None:
         """Takes the next fetched batch into flight, and has the one after it fetched."""
         of = self._of
-        future = self._fetched.popleft()
+        future, began = self._fetched.popleft(), time.perf_counter()
+        self._await_fetch(future, began)
         if (error := future.exception()) is not None:
             # Its turn comes after the batches before it.
             self._flight.append(_InFlight(StagedBatch(None, -1, StartedLookups()), {}, None, error))
@@ -274,7 +292,7 @@ class _Run:
             return
         number, batch, state = fetched
         # One fetch is under way beyond what is in flight, on every rank alike.
-        self._fetched.append(done(self._fetch) if self._fetching is None else self._fetching.submit(self._fetch))
+        self._fetched.append(self._fetch_here() if self._fetching is None else self._fetching.submit(self._fetch))
         with of.log.record("copy", number), self._on(self._copy_stream):
             batch = of.prepare(batch)
         copied = None if self._copy_stream is None else self._copy_stream.record_event()

@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 
@@ -40,6 +41,7 @@ class StageLog:
         if capacity < 1:
             raise ValueError(f"capacity={capacity}: expected at least 1")
         self._events: deque[_StageEvent] = deque(maxlen=capacity)
+        self._added = 0
         self._lock = threading.Lock()
 
     @contextmanager
@@ -55,6 +57,18 @@ class StageLog:
         """Records an event that was timed elsewhere."""
         with self._lock:
             self._events.append(_StageEvent(stage, batch, start, end))
+            self._added += 1
+
+    @property
+    def position(self) -> int:
+        """Events so far, forgotten ones too."""
+        return self._added
+
+    def since(self, position: int) -> list[_StageEvent]:
+        """The events after a position that are still kept, at no cost for those before it."""
+        with self._lock:
+            new = min(self._added - position, len(self._events))
+            return [*islice(reversed(self._events), new)][::-1]
 
     def events(self, stage: str | None = None) -> list[_StageEvent]:
         """All events, or those of one stage, in the order in which they ended."""

@@ -25,6 +25,8 @@ BATCHES = 14
 STAGES = ("fetch", "copy", "exchange", "wait", "train")
 AHEAD = ("embed", "embed_backward")
 """Stages that there are where rows are sent ahead."""
+WAITS = ("await_fetch", "await_lookup")
+"""What the main thread waits for."""
 PLAIN: dict[str, Any] = {"pipeline_depth": 0}
 SIX: dict[str, Any] = {"schedule": "six_stage", "pipeline_depth": 4, "sync_steps": 0}
 EXACT = SIX | {"sparse_update": "exact_async"}
@@ -240,7 +242,7 @@ def test_every_stage_is_in_the_log_in_its_order(gloo: Any) -> None:
     for rank in gloo(2).run(fit, EXACT):
         began = {stage: times(rank, stage) for stage in (*STAGES, *AHEAD)}
         ended = {stage: times(rank, stage, end=True) for stage in (*STAGES, *AHEAD)}
-        assert {stage for stage, *_ in rank["events"]} == {*STAGES, *AHEAD}
+        assert {stage for stage, *_ in rank["events"]} == {*STAGES, *AHEAD, *WAITS}
         for stage in ("fetch", "copy", "train", "embed_backward"):
             assert set(began[stage]) == set(range(BATCHES)), stage
         # What is looked up is learned from the first batch.
@@ -257,7 +259,7 @@ def test_every_stage_is_in_the_log_in_its_order(gloo: Any) -> None:
 
 def test_without_rows_ahead_there_is_no_stage_for_them(gloo: Any) -> None:
     for rank in gloo(2).run(fit, SIX):
-        assert {stage for stage, *_ in rank["events"]} == set(STAGES)
+        assert {stage for stage, *_ in rank["events"]} == {*STAGES, *WAITS}
         assert set(times(rank, "wait")) >= set(range(2, BATCHES))
 
 
