@@ -10,7 +10,6 @@ Shape suffixes: N rows of a piece, D width.
 from __future__ import annotations
 
 import io
-import json
 import pickle
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
@@ -21,6 +20,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from lightning_gr.checkpoint.checksummed_json import from_json, to_json
 from lightning_gr.checkpoint.manifest import Manifest, check_name
 from lightning_gr.checkpoint.storage import FileSum, Storage
 from lightning_gr.embeddings.dynamic.safetensors_stream import SafetensorsFile
@@ -91,8 +91,7 @@ class ExportInfo:
 
     def to_bytes(self) -> bytes:
         """The file's contents, with a checksum of themselves."""
-        content = {"format": FORMAT, **asdict(self)}
-        return json.dumps({**content, "checksum": _checksum(content)}, indent=1).encode()
+        return to_json(asdict(self), format=FORMAT)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> ExportInfo:
@@ -101,13 +100,7 @@ class ExportInfo:
         Raises:
             ValueError: it is damaged, or of something else.
         """
-        content = json.loads(data)
-        if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise ValueError(f"its format is not {FORMAT!r}")
-        checksum = content.pop("checksum", None)
-        if checksum != _checksum(content):
-            raise ValueError("its checksum is wrong")
-        del content["format"]
+        content = from_json(data, format=FORMAT)
         for name in ("static_tables", "dynamic_tables"):
             content[name] = {key: TableInfo(**table) for key, table in content[name].items()}
         content["files"] = {
@@ -129,10 +122,6 @@ class ExportInfo:
             if table.rows * table.width * 4 > (1000 * size if table.file.endswith(".parquet") else size):
                 raise ValueError(f"{table.file}: {table.rows:,} rows of {table.width} numbers in {size:,} bytes")
         return info
-
-
-def _checksum(content: Mapping[str, Any]) -> str:
-    return FileSum.of(json.dumps(content, sort_keys=True).encode()).checksum
 
 
 def is_export(location: str | Path | Storage) -> bool:

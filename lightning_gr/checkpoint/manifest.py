@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
+from lightning_gr.checkpoint.checksummed_json import from_json, to_json
 from lightning_gr.checkpoint.storage import FileSum, Storage
 
 MANIFEST_FILENAME = "manifest.json"
@@ -59,9 +58,8 @@ class Manifest:
 
     def to_bytes(self) -> bytes:
         """The file's contents, with a checksum of themselves."""
-        content = {"format": FORMAT, **asdict(self)}
-        content["files"] = {name: [x.size, x.checksum] for name, x in sorted(self.files.items())}
-        return json.dumps({**content, "checksum": _checksum(content)}, indent=1).encode()
+        files = {name: [x.size, x.checksum] for name, x in sorted(self.files.items())}
+        return to_json({**asdict(self), "files": files}, format=FORMAT)
 
     @classmethod
     def read(cls, storage: Storage) -> Manifest:
@@ -72,13 +70,7 @@ class Manifest:
         """
         path = storage.path_of(MANIFEST_FILENAME)
         try:
-            content = json.loads(storage.read_bytes(MANIFEST_FILENAME))
-            if not isinstance(content, dict) or content.get("format") != FORMAT:
-                raise ValueError(f"its format is not {FORMAT!r}")
-            checksum = content.pop("checksum", None)
-            if checksum != _checksum(content):
-                raise ValueError("its checksum is wrong")
-            del content["format"]
+            content = from_json(storage.read_bytes(MANIFEST_FILENAME), format=FORMAT)
             files = {check_name(name): FileSum(int(size), str(sum_)) for name, (size, sum_) in content["files"].items()}
             base = content["base"]
             if base is not None:
@@ -146,7 +138,3 @@ def check_name(name: str) -> str:
     if "\\" in name or any(part in ("", ".", "..") for part in parts):
         raise ValueError(f"{name!r} is no name of a file in it")
     return name
-
-
-def _checksum(content: Mapping[str, Any]) -> str:
-    return FileSum.of(json.dumps(content, sort_keys=True).encode()).checksum
