@@ -4,6 +4,7 @@ from lightning_gr.callbacks.ema import ExponentialMovingAverage
 from lightning_gr.callbacks.init_from import InitFrom
 from lightning_gr.callbacks.mfu_monitor import MFUMonitor
 from lightning_gr.callbacks.progress_bar import GRProgressBar
+from lightning_gr.callbacks.report import ReportCallback
 from lightning_gr.callbacks.resume_checkpoint import ResumeCheckpoint
 from lightning_gr.callbacks.table_monitor import TableMonitor
 from lightning_gr.callbacks.top_k_writer import TopKWriter
@@ -13,6 +14,7 @@ __all__ = [
     "GRProgressBar",
     "InitFrom",
     "MFUMonitor",
+    "ReportCallback",
     "ResumeCheckpoint",
     "TableMonitor",
     "TopKWriter",

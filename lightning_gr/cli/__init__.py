@@ -26,6 +26,7 @@ TOOLS = {
     "compare": "RECIPE ...: train each with several seeds, test metrics with intervals",
     "plan": "--config RECIPE: balance, FLOPs, exchange and memory on 1 to 1,024 ranks, from the store alone",
     "mask": "--config RECIPE: which tokens see which in a batch, and leaks of the future",
+    "report": "RUN ...: one page of training runs, beside each other",
     "demo": "train on two processes and show recommendations",
     "doctor": "what is installed, what fits together, what is missing",
 }
@@ -117,6 +118,10 @@ def _dispatch(args: list[str]) -> int:
         from lightning_gr.cli import mask
 
         return mask.main(args[1:])
+    if command == "report":
+        from lightning_gr.cli import report
+
+        return report.main(args[1:])
     if command == "demo":
         from lightning_gr.cli import demo
 

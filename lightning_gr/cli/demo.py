@@ -17,7 +17,8 @@ RECIPE = "hstu/tiny"
 TOP_K = 10
 _USERS_SHOWN = 3
 _HISTORY_SHOWN = 8
-_BALANCE = "balance.json"
+_MONITORS = ("MFUMonitor", "BalanceMonitor")
+_REPORT = "report.html"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -48,6 +49,8 @@ def main(argv: Sequence[str]) -> int:
     log, oracle = (args.data, None) if args.data else _synthetic_log(args.out, console)
     for part in ("tensorboard", "csv", "test", "predictions"):
         shutil.rmtree(args.out / part, ignore_errors=True)
+    for part in ("run.jsonl", "run.json", _REPORT):
+        (args.out / part).unlink(missing_ok=True)
 
     overlay = _overlay(args.out, log, args.devices, args.epochs)
     common = ["--config", RECIPE, "--config", str(overlay)]
@@ -69,7 +72,8 @@ def main(argv: Sequence[str]) -> int:
     console.print(
         f"\ncheckpoint  {checkpoint}\nlogs        {args.out / 'tensorboard'} (TensorBoard), {args.out / 'csv'}"
     )
-    console.print(f"top {TOP_K}s     {args.out / 'predictions'} (Parquet)\n", highlight=False)
+    console.print(f"top {TOP_K}s     {args.out / 'predictions'} (Parquet)", highlight=False)
+    console.print(f"report      {args.out / _REPORT} (open it in a browser)\n", highlight=False, style="bold")
     console.print(f"Done in {time.monotonic() - started:.0f} s.", highlight=False)
     return 0
 
@@ -96,7 +100,11 @@ def _overlay(out: Path, log: Path, devices: int, epochs: int | None) -> Path:
             for kind, version in (("TensorBoardLogger", "tensorboard"), ("CSVLogger", "csv"))
         ],
         "callbacks+": [
-            {"class_path": "lightning_gr.cli.demo_balance.BalanceReport", "init_args": {"file": str(out / _BALANCE)}}
+            *({"class_path": f"lightning_gr.callbacks.{name}"} for name in _MONITORS),
+            {
+                "class_path": "lightning_gr.callbacks.ReportCallback",
+                "init_args": {"dirpath": str(out), "name": RECIPE},
+            },
         ],
     }
     if epochs is not None:
@@ -164,7 +172,8 @@ def _show_metrics(out: Path, log: Path, oracle: dict[str, Any] | None, console: 
 def _show_balance(out: Path, console: Any) -> None:
     from lightning_gr.cli.demo_balance import show
 
-    show(json.loads((out / _BALANCE).read_text()), console)
+    if (found := json.loads((out / "run.json").read_text()).get("balance")) is not None:
+        show(found, console)
 
 
 def _show_users(out: Path, log: Path, console: Any) -> None:
