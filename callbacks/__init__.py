@@ -1,21 +1,25 @@
 """Lightning callbacks: one a file, for `Trainer(callbacks=[...])` or a recipe's ``class_path``."""
 
+from lightning_gr.callbacks.balance_monitor import BalanceMonitor
 from lightning_gr.callbacks.ema import ExponentialMovingAverage
 from lightning_gr.callbacks.init_from import InitFrom
 from lightning_gr.callbacks.mfu_monitor import MFUMonitor
 from lightning_gr.callbacks.progress_bar import GRProgressBar
 from lightning_gr.callbacks.report import ReportCallback
 from lightning_gr.callbacks.resume_checkpoint import ResumeCheckpoint
+from lightning_gr.callbacks.step_profiler import StepProfiler
 from lightning_gr.callbacks.table_monitor import TableMonitor
 from lightning_gr.callbacks.top_k_writer import TopKWriter
 
 __all__ = [
+    "BalanceMonitor",
     "ExponentialMovingAverage",
     "GRProgressBar",
     "InitFrom",
     "MFUMonitor",
     "ReportCallback",
     "ResumeCheckpoint",
+    "StepProfiler",
     "TableMonitor",
     "TopKWriter",
 ]

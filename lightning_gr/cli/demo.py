@@ -17,7 +17,6 @@ RECIPE = "hstu/tiny"
 TOP_K = 10
 _USERS_SHOWN = 3
 _HISTORY_SHOWN = 8
-_MONITORS = ("MFUMonitor", "BalanceMonitor")
 _REPORT = "report.html"
 
 
@@ -100,11 +99,7 @@ def _overlay(out: Path, log: Path, devices: int, epochs: int | None) -> Path:
             for kind, version in (("TensorBoardLogger", "tensorboard"), ("CSVLogger", "csv"))
         ],
         "callbacks+": [
-            *({"class_path": f"lightning_gr.callbacks.{name}"} for name in _MONITORS),
-            {
-                "class_path": "lightning_gr.callbacks.ReportCallback",
-                "init_args": {"dirpath": str(out), "name": RECIPE},
-            },
+            {"class_path": "lightning_gr.callbacks.ReportCallback", "init_args": {"dirpath": str(out), "name": RECIPE}}
         ],
     }
     if epochs is not None:
