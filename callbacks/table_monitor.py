@@ -26,9 +26,9 @@ class TableMonitor(pl.Callback):
     several collections have one of that name; docs/observability.md has the formulas. Names: ``rows``,
     ``load_factor``, ``budget_share``; since the values before ``inserted``, ``evicted``, ``rejected``, ``expired``,
     ``failed``, ``dedup_ratio_1``, ``dedup_ratio_2`` and ``collision_rate``; ``hot_key_share``, ``age_p50``, ``age_p90``
-    and ``age_p99``. The last four are of a sample of at most 65,536 rows a table and rank, read from the first
-    1,048,576 slots of its key index, so that the cost does not grow with the table. Static tables have a fixed number
-    of rows, and are left out.
+    and ``age_p99``. The last four need counters of rows, which are read of a sample: of at most 65,536 rows a table and
+    rank, of the first 262,144 slots of its key index, so that the cost does not grow with the table. Static tables
+    have a fixed number of rows, and are left out.
 
     A table's budget that is almost full, and keys that found no room, are warned of once.
 

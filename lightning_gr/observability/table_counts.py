@@ -16,12 +16,12 @@ from torch import Tensor
 if TYPE_CHECKING:
     from lightning_gr.embeddings.dynamic.engine import DynamicEngine
 
-_SLOTS, _ROWS = 1 << 20, 1 << 16
+_SLOTS, _ROWS = 1 << 18, 1 << 16
 """Of a process: slots of a key index that are looked through, and rows of a table that are read."""
 
 _DONE = ("looked_up", "collided", "inserted", "evicted", "rejected", "expired", "failed")
 _BUCKETS = 160  # of ages and of use counts: numbers below 8 have one each, every power of two above has four
-_SPREADS = ("age", "rows_by_use", "uses")
+_SPREADS = ("age", "use", "last_use")
 _PERCENTILES = (50, 90, 99)
 _HOTTEST = 0.01
 
@@ -38,24 +38,29 @@ def done(engine: DynamicEngine, table: int) -> dict[str, float]:
 def held(engine: DynamicEngine) -> list[dict[str, float]]:
     """What each of a collection's tables has now, no step being under way.
 
-    Clocks and counters of rows are read from a sample, the same for the same tables, which stands for all rows.
+    Clocks and counters of rows are read from a sample, the same for the same tables, which stands for all rows; of the
+    last lookup's keys from all.
     """
     found = []
-    for physical in engine.tables:
+    for physical, (tables_U, rows_U, counts_U) in zip(engine.tables, engine.last_keys, strict=True):
+        last_U = _bucket(physical.storage.read_metadata(rows_U).counts)
         samples = physical.sampled_rows(num_slots=_SLOTS, most=_ROWS) if engine.is_first_replica else []
         for local in range(len(physical.configs)):
-            held = dict.fromkeys(("rows", "used_slots", "slots"), 0.0)
+            held = dict.fromkeys(("rows", "used_slots", "slots", "last_uses"), 0.0)
             spreads = [[0.0] * _BUCKETS] * len(_SPREADS)
             if samples:
                 index, rows = physical.index, physical.num_rows(local)
+                own_U = tables_U == local
                 held = {"rows": rows, "used_slots": index.load_factor * index.capacity, "slots": index.capacity}
+                held["last_uses"] = float(counts_U[own_U].sum())
+                own_U &= rows_U >= 0
                 metadata = physical.storage.read_metadata(samples[local])
                 weight = rows / max(len(samples[local]), 1)
                 age_N = _bucket(engine.next_step - 1 - metadata.last_steps)
                 use_N = _bucket(metadata.counts)
-                counted = [torch.bincount(bucket_N, minlength=_BUCKETS).double() for bucket_N in (age_N, use_N)]
-                counted.append(torch.bincount(use_N, metadata.counts.double(), minlength=_BUCKETS))
-                spreads = (torch.stack(counted) * weight).tolist()
+                counted = [torch.bincount(bucket_N, minlength=_BUCKETS) * weight for bucket_N in (age_N, use_N)]
+                counted.append(torch.bincount(last_U[own_U], counts_U[own_U].double(), minlength=_BUCKETS))
+                spreads = torch.stack(counted).tolist()
             for name, spread in zip(_SPREADS, spreads, strict=True):
                 held |= {f"{name}_{i}": value for i, value in enumerate(spread)}
             found.append(held)
@@ -84,7 +89,8 @@ def values(sums: Mapping[str, float], *, budget: int | None) -> dict[str, float]
     found["dedup_ratio_1"] = _ratio(sums["ids"], sums["sent"])
     found["dedup_ratio_2"] = _ratio(sums["sent"], sums["arrived"])
     found["collision_rate"] = _ratio(sums["collided"], sums["looked_up"])
-    found["hot_key_share"] = _hot_share(_spread(sums, "rows_by_use"), _spread(sums, "uses"))
+    hot = _of_the_hottest(_spread(sums, "use"), _spread(sums, "last_use"))
+    found["hot_key_share"] = _ratio(hot, sums["last_uses"])
     age = _spread(sums, "age")
     return found | {f"age_p{percent}": _percentile(age, percent / 100) for percent in _PERCENTILES}
 
@@ -121,13 +127,11 @@ def _percentile(rows: Sequence[float], share: float) -> float:
     return first + (last - first) * left / rows[at] if rows[at] else float(last)
 
 
-def _hot_share(rows_by_use: Sequence[float], uses: Sequence[float]) -> float:
-    """The share of uses that the most used hundredth of rows has, or the most used row where there are fewer."""
-    rows = sum(rows_by_use)
-    left = min(max(_HOTTEST * rows, 1.0), rows)
+def _of_the_hottest(rows_by_use: Sequence[float], last_uses: Sequence[float]) -> float:
+    """Last uses of the hundredth of rows with the most uses so far, or of one row where there are fewer."""
+    left = max(_HOTTEST * sum(rows_by_use), 1.0)
     hot = 0.0
-    for count, used in zip(reversed(rows_by_use), reversed(uses), strict=True):
-        if count:
-            taken = min(count, left)
-            hot, left = hot + used * taken / count, left - taken
-    return _ratio(hot, sum(uses))
+    for rows, uses in zip(reversed(rows_by_use), reversed(last_uses), strict=True):
+        share = min(left / rows, 1.0) if rows else float(left > 0)
+        hot, left = hot + share * uses, left - share * rows
+    return hot

@@ -44,6 +44,7 @@ class TableLookups(ShardedTables):
         time: seconds of the data's clock.
         statistics: what lookups moved.
         dedup_counts: of each table, what deduplication left of its ids.
+        last_keys: of each physical table, table, row and count of the keys of the last lookup of training.
         traffic: collectives and bytes by what they carry.
     """
 
@@ -58,6 +59,8 @@ class TableLookups(ShardedTables):
         self.time = self._observed = 0
         self.statistics = ExchangeStatistics()
         self.dedup_counts = [DedupCounts() for _ in self.configs]
+        none = torch.zeros(0, dtype=torch.int64, device=self.device)
+        self.last_keys = [(none, none, none) for _ in self.tables]
         self.traffic = {kind: Traffic() for kind in _KINDS}
         self._pending = [PendingGradients(dim=table.dim, device=self.device) for table in self.tables]
         self._waiting: DynamicLookup | None = None
@@ -171,6 +174,7 @@ class TableLookups(ShardedTables):
             assert plan.step == self.next_step
             table.apply(plan)
             lookup.owned.append(plan.rows_N)
+            self.last_keys[p] = plan.tables_U, plan.rows_U, plan.counts_U
             seeds = None
             if table.storage.precision != "fp32":
                 offsets = keys.offsets_T1[bounds[p] : bounds[p + 1] + 1]
