@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import sys
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -18,23 +16,26 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from typing_extensions import override
 
-if TYPE_CHECKING:
-    from rich.console import Console, ConsoleOptions, RenderableType
-    from rich.live import Live
+from lightning_gr.observability.progress_line import Display, Line, duration, named, percent, short
+from lightning_gr.observability.run_length import batches_left_of, tokens_of
 
 _LOSS_NAMES = ("train/loss", "train_loss", "loss")
 _RATE_WINDOW_S = 10.0
-_MIN_BAR, _MAX_BAR, _BAR_STEP = 10, 40, 10  # columns
+_SPEED = ("gr/tokens_per_second", "gr/mfu", "gr/imbalance_flops", "gr/imbalance_tokens")
 
 
 class GRProgressBar(ProgressBar):
     """Shows how far the whole training is, not only the epoch, on one line.
 
-    The line has the epoch, the step, the time left of the run (validation so far included), the loss, tokens a second
-    over all ranks (samples or batches a second where batches do not know their tokens) and the last validation
-    metrics. Without a terminal, as in CI or a pipe, it prints a plain line now and then and after each validation.
-    Metrics are read from the device only when a line is shown: everything logged with ``prog_bar=True``, and
-    ``train/loss``, ``train_loss``, ``loss`` or the step's own loss.
+    The line has the epoch, the step, the time left of the run (validation so far included; by tokens where the loader
+    knows how many are left, as that of a `SequenceDataModule` does, else by batches), the loss, tokens a second over
+    all ranks (samples or batches a second where batches do not know their tokens) and the last validation metrics.
+    Beside an `MFUMonitor` tokens a second are those that it has counted, and the MFU is shown; beside a
+    `BalanceMonitor` the imbalance, largest rank over mean.
+
+    Without a terminal, as in CI or a pipe, it prints a plain line now and then and after each validation. Metrics are
+    read from the device only when a line is shown: everything logged with ``prog_bar=True``, and ``train/loss``,
+    ``train_loss``, ``loss`` or the step's own loss.
 
     Args:
         refresh_every_s: seconds between updates on a terminal.
@@ -52,7 +53,7 @@ class GRProgressBar(ProgressBar):
         self.refresh_every_s = refresh_every_s
         self.plain_every_s = plain_every_s
         self._enabled = True
-        self._display: _Display | None = None
+        self._display: Display | None = None
         self._shown_at = -math.inf
         self._run = _Run()
         self._evaluation = _Evaluation()
@@ -118,12 +119,17 @@ class GRProgressBar(ProgressBar):
             run.first_batch_at = now
             run.rate.mark(now)
         run.done = trainer.fit_loop.total_batch_idx + 1
-        left = _batches_left_of(trainer, run.done)
+        left = batches_left_of(trainer, run.done)
         run.total = None if left is None else run.done + left
         run.label = _train_label(trainer)
         due = self._is_due(now)
+        tokens = None if left is None else tokens_of(trainer, left)
+        run.tokens_left = None if tokens is None else tokens[1]
+        if tokens is not None and run.batches > 1:
+            run.tokens_done += tokens[0]
         if due or left == 0 or trainer.is_last_batch:
             run.metrics = self._train_metrics(trainer, pl_module, outputs)
+            run.speed = _speed(trainer.callback_metrics)
         if due:
             run.rate.mark(now)
             self._show(self._train_line(now), now)
@@ -136,24 +142,29 @@ class GRProgressBar(ProgressBar):
             self._show(self._train_line(now, ended=True), now)
         self._close()
 
-    def _train_line(self, now: float, *, ended: bool = False) -> _Line:
+    def _train_line(self, now: float, *, ended: bool = False) -> Line:
         run = self._run
         if ended:
-            time = f"in {_duration(now - run.started_at)}"
+            time = f"in {duration(now - run.started_at)}"
         elif run.total is not None and run.batches > 1:
-            seconds = (now - run.first_batch_at) / (run.batches - 1)
-            time = f"{_duration(seconds * (run.total - run.done))} left"
+            left = (run.total - run.done) / (run.batches - 1)
+            if run.tokens_left is not None and run.tokens_done:
+                left = run.tokens_left / run.tokens_done
+            time = f"{duration(left * (now - run.first_batch_at))} left"
         else:
             time = ""
-        facts = [*_named(run.metrics), run.rate.text()]
-        return _Line(
-            run.label, run.done, run.total, [_percent(run.done, run.total), time], facts, _named(run.validation)
-        )
+        facts = [
+            *named(run.metrics),
+            run.speed.get("tokens", run.rate.text()),
+            *(run.speed[x] for x in ("mfu", "imbalance") if x in run.speed),
+        ]
+        return Line(run.label, run.done, run.total, [percent(run.done, run.total), time], facts, named(run.validation))
 
     def _train_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any) -> dict[str, Any]:
         metrics: dict[str, Any] = dict(self.get_metrics(trainer, pl_module))
         metrics.pop("v_num", None)
-        metrics = {name: value for name, value in metrics.items() if name not in self._run.validation}
+        shown = {*self._run.validation, *_SPEED}
+        metrics = {name: value for name, value in metrics.items() if name not in shown}
         if not any("loss" in name for name in metrics):
             logged = trainer.callback_metrics
             name = next((name for name in _LOSS_NAMES if name in logged), None)
@@ -190,7 +201,11 @@ class GRProgressBar(ProgressBar):
             return
         # Of a sanity check Lightning computes no metrics; reading them would compute, on this rank and no other.
         before, self._evaluation.metrics_before = self._evaluation.metrics_before, {}
-        new = {name: value for name, value in trainer.callback_metrics.items() if before.get(name) is not value}
+        new = {
+            name: value
+            for name, value in trainer.callback_metrics.items()
+            if before.get(name) is not value and not name.startswith("gr/")
+        }
         self._run.validation = {name: value.item() for name, value in new.items() if value.numel() == 1}
         self._finish(trainer, self._run.validation)
 
@@ -256,23 +271,23 @@ class GRProgressBar(ProgressBar):
             self._evaluation.rate.mark(now)
             self._show(self._evaluation_line(trainer), now)
 
-    def _evaluation_line(self, trainer: pl.Trainer) -> _Line:
+    def _evaluation_line(self, trainer: pl.Trainer) -> Line:
         phase, run = self._evaluation, self._run
         count = f"{phase.done}" if phase.total is None else f"{phase.done}/{phase.total}"
         if trainer.state.fn != TrainerFn.FITTING or trainer.sanity_checking:
-            return _Line(f"{phase.name} {count}", phase.done, phase.total, facts=[phase.rate.text()])
-        where = [_percent(run.done, run.total), f"{phase.name} {count}"]
-        return _Line(run.label, run.done, run.total, where, _named(run.metrics), _named(run.validation))
+            return Line(f"{phase.name} {count}", phase.done, phase.total, facts=[phase.rate.text()])
+        where = [percent(run.done, run.total), f"{phase.name} {count}"]
+        return Line(run.label, run.done, run.total, where, named(run.metrics), named(run.validation))
 
     def _finish(self, trainer: pl.Trainer, metrics: Mapping[str, float] | None = None) -> None:
         if self.is_disabled:
             return
         now = monotonic()
-        phase, run, shown = self._evaluation, self._run, _named(metrics or {})
-        took = f"in {_duration(now - phase.started_at)}"
+        phase, run, shown = self._evaluation, self._run, named(metrics or {})
+        took = f"in {duration(now - phase.started_at)}"
         if trainer.state.fn != TrainerFn.FITTING:
             phase.rate.mark(now)
-            line = _Line(f"{phase.name} {phase.done}", phase.done, phase.total, [took], [phase.rate.text()], shown)
+            line = Line(f"{phase.name} {phase.done}", phase.done, phase.total, [took], [phase.rate.text()], shown)
             self._show(line, now)
             self._close()
             return
@@ -280,8 +295,8 @@ class GRProgressBar(ProgressBar):
         if self._display_is_live:
             self._show(self._train_line(now), now)
         else:
-            where = [_percent(run.done, run.total), f"{phase.name} {took}"]
-            self._show(_Line(run.label, run.done, run.total, where, _named(run.metrics), shown), now)
+            where = [percent(run.done, run.total), f"{phase.name} {took}"]
+            self._show(Line(run.label, run.done, run.total, where, named(run.metrics), shown), now)
 
     # ---- display -----------------------------------------------------------------------------------------------
 
@@ -291,7 +306,7 @@ class GRProgressBar(ProgressBar):
 
     def _open(self) -> None:
         if self._display is None:
-            self._display = _Display()
+            self._display = Display()
             self._shown_at = -math.inf
 
     def _close(self) -> None:
@@ -302,7 +317,7 @@ class GRProgressBar(ProgressBar):
     def _is_due(self, now: float) -> bool:
         return now - self._shown_at >= (self.refresh_every_s if self._display_is_live else self.plain_every_s)
 
-    def _show(self, line: _Line, now: float) -> None:
+    def _show(self, line: Line, now: float) -> None:
         self._shown_at = now
         self._open()
         assert self._display is not None
@@ -333,7 +348,7 @@ class _Rate:
         if not self._marks or self._marks[-1][0] <= self._marks[0][0] or self._marks[-1][1] == self._marks[0][1]:
             return ""
         (first, before), (last, after) = self._marks[0], self._marks[-1]
-        return f"{_short((after - before) / (last - first))} {self._unit}/s"
+        return f"{short((after - before) / (last - first))} {self._unit}/s"
 
 
 @dataclass
@@ -346,7 +361,10 @@ class _Run:
     done: int = 0
     total: int | None = None
     label: str = ""
+    tokens_left: float | None = None
+    tokens_done: float = 0.0  # since the first batch
     metrics: dict[str, Any] = field(default_factory=dict)
+    speed: dict[str, str] = field(default_factory=dict)
     validation: dict[str, float] = field(default_factory=dict)
     rate: _Rate = field(default_factory=_Rate)
 
@@ -363,149 +381,24 @@ class _Evaluation:
     rate: _Rate = field(default_factory=_Rate)
 
 
-@dataclass
-class _Line:
-    """The line's parts, and how they look with and without a terminal."""
-
-    label: str
-    done: int
-    total: int | None
-    where: list[str] = field(default_factory=list)
-    facts: list[str] = field(default_factory=list)
-    validation: list[str] = field(default_factory=list)
-
-    def plain(self) -> str:
-        return _joined([self.label, *self.where, *self.facts, *self.validation])
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        from rich.progress_bar import ProgressBar as Bar
-        from rich.table import Table
-        from rich.text import Text
-
-        where, facts, validation = (
-            Text(_joined(parts), style=style, no_wrap=True, overflow="ellipsis")
-            for parts, style in ((self.where, ""), (self.facts, ""), (self.validation, "green"))
-        )
-        label = Text(self.label, style="bold", no_wrap=True, overflow="ellipsis")
-        details = [part for part in (facts, validation) if part]
-        room = options.max_width - len(label) - len(where) - 4
-        room_beside = room - sum(len(part) + 2 for part in details)
-        if beside := room_beside >= _MIN_BAR:
-            room = room_beside
-        # In big steps, or the bar would twitch with every digit beside it.
-        width = min(room // _BAR_STEP * _BAR_STEP, _MAX_BAR)
-        bar = [Bar(total=self.total, completed=self.done, width=width)] if width >= _MIN_BAR else []
-        for row in ([label, *bar, where, *details],) if beside else ([label, *bar, where], ["", *details]):
-            grid = Table.grid(padding=(0, 2, 0, 0), pad_edge=False)
-            grid.add_row(*row)
-            yield grid
-
-
-class _Display:
-    """A live line on a terminal, or lines printed one after the other."""
-
-    def __init__(self) -> None:
-        from rich import get_console
-        from rich.live import Live
-
-        self._console = get_console()
-        self.live: Live | None = None
-        self._redirected: list[tuple[logging.StreamHandler[Any], Any]] = []
-        # FORCE_COLOR makes rich take a pipe for a terminal; a log file must not get control codes for it.
-        if self._console.is_interactive and self._console.file.isatty():
-            own = {stream: name for name in ("stdout", "stderr") if (stream := getattr(sys, name)) is not None}
-            # No thread: the line is drawn when there is something new, and nothing is left running after an error.
-            self.live = Live(console=self._console, auto_refresh=False)
-            self.live.start()
-            # Handlers hold the streams of their first day, and would write into the line.
-            for handler in _stream_handlers():
-                if handler.stream in own:
-                    self._redirected.append((handler, handler.stream))
-                    handler.setStream(getattr(sys, own[handler.stream]))
-
-    def show(self, line: _Line) -> None:
-        if self.live is not None:
-            self.live.update(line, refresh=True)
-        else:
-            print(line.plain(), file=self._console.file, flush=True)
-
-    def close(self) -> None:
-        for handler, stream in self._redirected:
-            handler.setStream(stream)
-        if self.live is not None:
-            self.live.stop()
-
-
-def _stream_handlers() -> Iterator[logging.StreamHandler[Any]]:
-    for name in ("", "lightning", "lightning.pytorch", "lightning.fabric"):
-        for handler in logging.getLogger(name).handlers:
-            if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
-                yield handler
+def _speed(logged: Mapping[str, Tensor]) -> dict[str, str]:
+    """What monitors have measured last."""
+    shown = {}
+    if (rate := logged.get("gr/tokens_per_second")) is not None:
+        shown["tokens"] = f"{short(float(rate))} tokens/s"
+    if (mfu := logged.get("gr/mfu")) is not None:
+        percents = 100 * float(mfu)
+        shown["mfu"] = f"MFU {percents:.0f}%" if percents >= 10 else f"MFU {percents:.2g}%"
+    imbalance = next((logged[name] for name in _SPEED if "imbalance" in name and name in logged), None)
+    if imbalance is not None:
+        shown["imbalance"] = f"imbalance {float(imbalance):.2f}"
+    return shown
 
 
 def _train_label(trainer: pl.Trainer) -> str:
     of_epochs = f"/{trainer.max_epochs}" if trainer.max_epochs is not None and trainer.max_epochs >= 0 else ""
     of_steps = f"/{trainer.max_steps}" if trainer.max_steps >= 0 else ""
     return f"epoch {trainer.current_epoch + 1}{of_epochs}  step {trainer.global_step}{of_steps}"
-
-
-def _batches_left_of(trainer: pl.Trainer, done: int) -> int | None:
-    automatic = trainer.lightning_module.automatic_optimization
-    max_steps = trainer.max_steps
-    if not automatic and max_steps >= 0:
-        # A module that steps itself takes any number of steps a batch: count in batches, at the ratio so far.
-        max_steps = math.ceil(max_steps * done / trainer.global_step) if trainer.global_step else -1
-    return _batches_left(
-        batches_per_epoch=trainer.num_training_batches,
-        batch=trainer.fit_loop.batch_idx + 1,
-        epoch=trainer.current_epoch,
-        max_epochs=-1 if trainer.max_epochs is None else trainer.max_epochs,
-        step=trainer.global_step if automatic else done,
-        max_steps=max_steps,
-        accumulate=trainer.accumulate_grad_batches if automatic else 1,
-    )
-
-
-def _batches_left(
-    *,
-    batches_per_epoch: int | float,
-    batch: int,
-    epoch: int,
-    max_epochs: int,
-    step: int,
-    max_steps: int,
-    accumulate: int,
-) -> int | None:
-    """Batches until a run ends; None where nobody can know.
-
-    Args:
-        batches_per_epoch: infinite where the loader has no length.
-        batch: batches done in this epoch.
-        epoch: finished epochs.
-        max_epochs: epochs of the run, or -1.
-        step: optimiser steps done.
-        max_steps: optimiser steps of the run, or -1.
-        accumulate: batches a step; an epoch's last step may have fewer.
-    """
-    left: list[int] = []
-    known = math.isfinite(batches_per_epoch)
-    in_epoch = max(int(batches_per_epoch) - batch, 0) if known else 0
-    if known and max_epochs >= 0:
-        left.append(in_epoch + max(max_epochs - epoch - 1, 0) * int(batches_per_epoch))
-    if max_steps >= 0:
-        steps = max(max_steps - step, 0)
-        if not known:
-            left.append(max(steps * accumulate - batch % accumulate, 0))
-        elif batches_per_epoch > 0:
-            steps_per_epoch = math.ceil(batches_per_epoch / accumulate)
-            steps_in_epoch = steps_per_epoch - batch // accumulate if in_epoch else 0
-            if steps <= steps_in_epoch:
-                left.append(max(min(steps * accumulate - batch % accumulate, in_epoch), 0))
-            else:
-                epochs, rest = divmod(steps - steps_in_epoch, steps_per_epoch)
-                rest = min(rest * accumulate, int(batches_per_epoch))
-                left.append(in_epoch + epochs * int(batches_per_epoch) + rest)
-    return min(left, default=None)
 
 
 def _size(batch: Any, unit: str) -> tuple[int, str]:
@@ -518,28 +411,3 @@ def _size(batch: Any, unit: str) -> tuple[int, str]:
     if unit in ("", "samples") and isinstance(batch, Tensor) and batch.dim():
         return batch.shape[0], "samples"
     return (1, "batches") if unit in ("", "batches") else (0, unit)
-
-
-def _named(metrics: Mapping[str, Any]) -> list[str]:
-    shown = {name: value for name, value in metrics.items() if not name.endswith("_epoch") or name[:-6] not in metrics}
-    return [f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}" for name, value in shown.items()]
-
-
-def _joined(parts: Sequence[str]) -> str:
-    return "  ".join(part for part in parts if part)
-
-
-def _percent(done: int, total: int | None) -> str:
-    return f"{100 * done // total}%" if total else ""
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
-
-
-def _short(number: float) -> str:
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{letter}"
-    return f"{number:.3g}"

@@ -104,6 +104,10 @@ class PlannedLoader:
         """None; Lightning reads it of everything that has a `sampler`."""
         return None
 
+    def tokens_before(self, batches: int) -> int:
+        """Tokens of an epoch's first batches, micro-batches counted, on all ranks; to within the longest sample."""
+        return self._plan.num_tokens * batches // (self._plan.num_batches * self._deal.micro_steps)
+
     def set_epoch(self, epoch: int) -> None:
         """Chooses the epoch that the next iteration goes through."""
         self._epoch = epoch

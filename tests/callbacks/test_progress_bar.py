@@ -27,6 +27,7 @@ from typing_extensions import override
 
 from lightning_gr.callbacks import GRProgressBar, progress_bar
 from lightning_gr.metrics import HitRate
+from lightning_gr.observability.run_length import batches_left
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -214,18 +215,55 @@ def test_the_batches_left_are_those_that_the_loops_will_run(
 ) -> None:
     limits = {"max_epochs": -1 if bounds == "s" else epochs, "max_steps": -1 if bounds == "e" else steps}
     states = run_to_the_end(batches=batches, accumulate=accumulate, **limits)
-    left = [
-        progress_bar._batches_left(batches_per_epoch=batches, accumulate=accumulate, **limits, **state)
-        for state in states
-    ]
+    left = [batches_left(batches_per_epoch=batches, accumulate=accumulate, **limits, **state) for state in states]
     assert left == list(range(len(states)))[::-1]
 
 
 def test_nobody_knows_the_end_of_an_endless_run() -> None:
     state: dict[str, Any] = {"batch": 3, "epoch": 0, "step": 3, "accumulate": 1}
-    assert progress_bar._batches_left(batches_per_epoch=math.inf, max_epochs=3, max_steps=-1, **state) is None
-    assert progress_bar._batches_left(batches_per_epoch=10, max_epochs=-1, max_steps=-1, **state) is None
-    assert progress_bar._batches_left(batches_per_epoch=math.inf, max_epochs=3, max_steps=5, **state) == 2
+    assert batches_left(batches_per_epoch=math.inf, max_epochs=3, max_steps=-1, **state) is None
+    assert batches_left(batches_per_epoch=10, max_epochs=-1, max_steps=-1, **state) is None
+    assert batches_left(batches_per_epoch=math.inf, max_epochs=3, max_steps=5, **state) == 2
+
+
+class Growing:
+    """Batch n of an epoch has n tokens, takes n seconds, and the loader says so."""
+
+    def __init__(self, batches: int) -> None:
+        self.batches = batches
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (torch.full((1, 1), float(n)) for n in range(1, self.batches + 1))
+
+    def tokens_before(self, batches: int) -> int:
+        return batches * (batches + 1) // 2
+
+
+class Slowing(Module):
+    @override
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.clock.now += float(batch) - 1.0
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(
+    ("settings", "seconds"),
+    [
+        ({"max_epochs": 2}, [1, 2, 3, 4, 5] * 2),
+        ({"max_epochs": 3, "limit_train_batches": 3}, [1, 2, 3] * 3),
+        ({"max_epochs": -1, "max_steps": 13}, [1, 2, 3, 4, 5] * 2 + [1, 2, 3]),
+    ],
+    ids=str,
+)
+def test_the_time_left_is_that_of_the_tokens_left(
+    settings: dict[str, Any], seconds: list[int], clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_trainer(GRProgressBar(plain_every_s=0), **settings).fit(Slowing(clock), Growing(5))
+    shown = re.findall(r"0:00:(\d\d) left", capsys.readouterr().out)
+    assert [int(left) for left in shown] == [sum(seconds[done:]) for done in range(2, len(seconds) + 1)]
 
 
 class Stream(IterableDataset[Tensor]):
@@ -301,6 +339,8 @@ def test_a_narrow_terminal_gets_a_second_line_and_nothing_wraps(width: int, cloc
     text = re.sub(r"\x1b\[[?\d]*\w", "", screen.getvalue())
     rows = [row for row in re.split(r"[\r\n]+", text) if row.strip()]
     assert max(map(len, rows)) <= width
+    if width == 20:  # validation metrics have a row of their own where they would push others out
+        assert rows.pop().startswith("  val/HR@10 0")
     assert rows[-2].startswith("epoch 2")
     assert rows[-1].startswith("  train/")
 
@@ -396,6 +436,46 @@ def test_what_the_user_logs_for_the_bar_is_shown_once(clock: Clock, capsys: pyte
     assert "  my_loss 0.5  rate 3  " in last
     assert last.count("val/auc 0.75") == 1
     assert "train/loss" not in last
+
+
+class Monitors(pl.Callback):
+    """Writes what monitors do, from the third step on."""
+
+    def __init__(self, **values: float) -> None:
+        self.values = {f"gr/{name}": torch.tensor(value) for name, value in values.items()}
+
+    @override
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step >= 3:
+            trainer.callback_metrics.update(self.values)
+
+    @override
+    def on_validation_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        trainer.callback_metrics.update({name: value.clone() for name, value in self.values.items()})
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        ({"mfu": 0.1234}, "2 samples/s  MFU 12%"),
+        ({"mfu": 0.0346, "imbalance_tokens": 1.3}, "2 samples/s  MFU 3.5%  imbalance 1.30"),
+        ({"imbalance_tokens": 1.3, "imbalance_flops": 1.0249}, "2 samples/s  imbalance 1.02"),
+        ({"tokens_per_second": 1.234e6, "mfu": 1.02, "flops_total": 5.0}, "1.23M tokens/s  MFU 102%"),
+    ],
+    ids=str,
+)
+def test_what_monitors_measure_is_shown_by_short_names(
+    values: dict[str, float], shown: str, clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trainer = make_trainer(GRProgressBar(plain_every_s=0), max_epochs=2)
+    trainer.callbacks.insert(0, Monitors(**values))  # type: ignore[attr-defined]
+    trainer.fit(Module(clock), loader(3), loader(1))
+    out = capsys.readouterr().out
+    lines = out.splitlines()
+    assert lines[1].endswith("train/loss 2  2 samples/s")
+    assert lines[2].endswith(f"train/loss 3  {shown}")
+    assert lines[-1] == f"epoch 2/2  step 6  100%  in 0:00:07  train/loss 6  {shown}  val/HR@10 0.256"
+    assert "gr/" not in out
 
 
 def test_disabled_it_shows_nothing_and_enabled_again_it_does(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:

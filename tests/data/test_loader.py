@@ -54,6 +54,17 @@ def test_ranks_share_the_global_batches_and_their_denominators() -> None:
                 assert part.gradient_divisor == world_size
 
 
+@pytest.mark.parametrize("limit", [None, 12])
+def test_the_tokens_of_the_first_batches_are_known_to_within_a_sample(limit: int | None) -> None:
+    ranks = [balanced(rank, 2, limit=limit) for rank in range(2)]
+    batches = [sum(part.num_tokens for part in parts if part.num_samples) for parts in zip(*ranks, strict=True)]
+    steps = 1 if limit is None else len(ranks[0]) // len(make_loader())
+    assert ranks[0].tokens_before(0) == 0
+    assert ranks[0].tokens_before(len(batches)) == sum(batches)
+    for done in range(0, len(batches), steps):
+        assert abs(ranks[0].tokens_before(done) - sum(batches[:done])) <= 10, done
+
+
 def test_a_rank_without_samples_gets_a_padding_sequence() -> None:
     source = make_source(4)
     batches = [list(make_loader(source, global_tokens=20, rank=rank, world_size=4)) for rank in range(4)]
