@@ -290,3 +290,10 @@ class HSTUEncoder(nn.Module):
             qk_dim=layer.qk_dim,
             v_dim=layer.v_dim,
         )
+
+    def recomputed_flops(self, num_tokens: int, num_visible_pairs: int) -> int:
+        """What backward computes a second time: layers up to their last product, whose result it does not need."""
+        layer = self.layers[0]
+        assert isinstance(layer, HSTULayer)
+        last = len(self.layers) * 2 * num_tokens * layer.output.weight.numel()
+        return self.flops(num_tokens, num_visible_pairs) - last if self.recompute else 0

@@ -157,3 +157,10 @@ class SASRecEncoder(nn.Module):
         width = self.dim // layer.num_heads
         attention = attention_flops(num_visible_pairs, num_heads=layer.num_heads, qk_dim=width, v_dim=width)
         return len(self.layers) * (projections + attention)
+
+    def recomputed_flops(self, num_tokens: int, num_visible_pairs: int) -> int:
+        """What backward computes a second time; without dropout behind it, not a layer's last product."""
+        layer = self.layers[0]
+        assert isinstance(layer, SASRecLayer)
+        last = 0 if self.dropout else len(self.layers) * 2 * num_tokens * layer.contract.weight.numel()
+        return self.flops(num_tokens, num_visible_pairs) - last if self.recompute else 0
