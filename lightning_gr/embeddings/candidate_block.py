@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_gr.embeddings.dynamic.engine import DynamicEngine
-from lightning_gr.ops.full_softmax import log_sum_exp
+from lightning_gr.ops.full_softmax import full_softmax_flops, full_softmax_recomputed_flops, log_sum_exp
 
 _CELLS_AT_ONCE = 1 << 26
 """Scores held at a time where they are ranked or summed by softplus."""
@@ -139,6 +139,16 @@ class CandidateBlock:
             part_M = _SoftplusSum.apply(queries_MD, candidates_CD, log_weights_C, cells)
         whole_N: Tensor = part_M if self.group is None else _Joined.apply(part_M, peers, reduction)
         return whole_N
+
+    @staticmethod
+    def recomputed_flops(
+        reduction: Reduction, num_queries: int, num_candidates: int, dim: int, *, device: torch.device
+    ) -> int:
+        """What backward of `log_sum_exp` or `softplus_sum` computes again, of scores by the queries' own share."""
+        if reduction == "log_sum_exp":
+            return full_softmax_recomputed_flops(num_queries, num_candidates, dim, device=device)
+        fits = num_queries * num_candidates <= _CELLS_AT_ONCE
+        return 0 if fits else full_softmax_flops(num_queries, num_candidates, dim)
 
     def multiplicity(self) -> tuple[Tensor, Tensor]:
         """How often each id occurs among the candidates of all processes, and how many distinct ids there are.

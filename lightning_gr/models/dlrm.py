@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_gr.balancing.cost import SequenceCost
-from lightning_gr.batch import SequenceBatch, TokenKind
+from lightning_gr.batch import PADDING_SAMPLE_ID, SequenceBatch, TokenKind
 from lightning_gr.layers.multi_task import linear_flops
 from lightning_gr.models.ranking_tokens import RankingTokens, num_earlier, token_places
 from lightning_gr.models.sequence_cost import half_candidates
@@ -137,9 +137,11 @@ class DLRM(nn.Module):
         return pooled_NHV.flatten(1)
 
     def visible_pairs(self, batch: SequenceBatch) -> Tensor:
-        """Pairs of a candidate and an event before it, an int64 number on the batch's device."""
-        candidate = token_places(batch, TokenKind.CANDIDATE).to(batch.device, non_blocking=True)
-        fixed = (batch.token_counts_B4[:, TokenKind.STATIC] * batch.token_counts_B4[:, TokenKind.CANDIDATE]).sum()
+        """Pairs of a real sample's candidate and an event before it, an int64 number on the batch's device."""
+        counts_B4 = batch.token_counts_B4 * (batch.sample_ids_B != PADDING_SAMPLE_ID)[:, None]
+        is_real = torch.repeat_interleave(counts_B4[:, TokenKind.CANDIDATE] > 0, batch.token_counts_B4[:, 3])
+        candidate = token_places(batch, TokenKind.CANDIDATE)[is_real].to(batch.device, non_blocking=True)
+        fixed = (counts_B4[:, TokenKind.STATIC] * counts_B4[:, TokenKind.CANDIDATE]).sum()
         return num_earlier(batch)[candidate].sum() + int(fixed)
 
     def flops(self, counts_4: Sequence[int], num_visible_pairs: int) -> int:

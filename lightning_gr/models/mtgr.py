@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_gr.balancing.cost import SequenceCost
-from lightning_gr.batch import SequenceBatch
+from lightning_gr.batch import PADDING_SAMPLE_ID, SequenceBatch
 from lightning_gr.layers.hstu import HSTUEncoder
 from lightning_gr.models.ranking_tokens import RankingTokens, candidate_places, moments, num_earlier
 from lightning_gr.models.sequence_cost import half_candidates
@@ -94,14 +94,15 @@ class MTGR(nn.Module):
         return states_ND
 
     def visible_pairs(self, batch: SequenceBatch) -> Tensor:
-        """Pairs of tokens that the mask shows, an int64 number on the batch's device."""
+        """Pairs of tokens of real samples that the mask shows, an int64 number on the batch's device."""
         mask = self.attention_inputs(batch)["mask"]
-        pairs: Tensor = mask.num_visible_B(batch.layout, batch.layout).sum()
+        real_B = (batch.sample_ids_B != PADDING_SAMPLE_ID).to(batch.device, non_blocking=True)
+        pairs: Tensor = (mask.num_visible_B(batch.layout, batch.layout) * real_B).sum()
         return pairs
 
     def recomputed_flops(self, counts_4: Sequence[int], num_visible_pairs: int) -> int:
         """What backward computes a second time; arguments as of `flops`."""
-        return self.encoder.flops(sum(counts_4), num_visible_pairs) if self.encoder.recompute else 0
+        return self.encoder.recomputed_flops(sum(counts_4), num_visible_pairs)
 
     def flops(self, counts_4: Sequence[int], num_visible_pairs: int) -> int:
         """Forward floating-point operations.

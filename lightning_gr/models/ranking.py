@@ -19,7 +19,7 @@ from torch.nn import functional as F  # noqa: N812
 from typing_extensions import override
 
 from lightning_gr.balancing.cost import TOKENS, SequenceCost, cost_of
-from lightning_gr.batch import SequenceBatch, TokenKind
+from lightning_gr.batch import PADDING_SAMPLE_ID, SequenceBatch, TokenKind
 from lightning_gr.data.raw_ids import RowsOfKeys, refuse_static_tables
 from lightning_gr.embeddings import embedding_collection
 from lightning_gr.embeddings.dynamic import DynamicTables
@@ -262,7 +262,8 @@ class RankingModule(pl.LightningModule):
         count, pairs_of = (getattr(self.network, name, None) for name in ("flops", "visible_pairs"))
         if count is None or pairs_of is None or self.heads is None or self.features is None:
             return None
-        counts_4, pairs = batch.token_counts_B4.sum(0).tolist(), pairs_of(batch)
+        real_B = batch.sample_ids_B != PADDING_SAMPLE_ID
+        counts_4, pairs = batch.token_counts_B4[real_B].sum(0).tolist(), pairs_of(batch)
         again = getattr(self.network, "recomputed_flops", None)
         pooled = sum(batch.features[name].values().numel() for name in self.features.contextual)
         return ForwardFlops(

@@ -430,7 +430,8 @@ class RetrievalModule(pl.LightningModule):
         count = getattr(self.encoder, "flops", None)
         if count is None:
             return None
-        lengths_B = batch.layout.lengths_B
+        lengths_B = batch.token_counts_B4[batch.sample_ids_B != PADDING_SAMPLE_ID].sum(1)
+        num_tokens = int(lengths_B.sum())
         pairs, dim = int((lengths_B * (lengths_B + 1) // 2).sum()), int(self.encoder.dim)  # type: ignore[arg-type]
         head = again = 0
         if TASK in batch.labels:
@@ -439,15 +440,16 @@ class RetrievalModule(pl.LightningModule):
                 head = sampled_softmax_flops(num_labels, self.negatives.num_negatives, dim)
             else:
                 everything = batch.denominators[TASK] if self.in_batch else self.num_items or 0
-                head = full_softmax_flops(num_labels, int(everything), dim)
-                again = head  # the logits are not kept for backward
-        encoded = count(batch.num_tokens, pairs)
-        return ForwardFlops(
-            attention=count(0, pairs),
-            projections=count(batch.num_tokens, 0),
-            head=head,
-            recomputed=again + (encoded if getattr(self.encoder, "recompute", False) else 0),
-        )
+                scores = (num_labels, int(everything), dim)
+                head = full_softmax_flops(*scores)
+                reduction: Literal["log_sum_exp", "softplus_sum"] = (
+                    "softplus_sum" if self.loss == "bce" else "log_sum_exp"
+                )
+                with use_backend(self.backend):
+                    again = CandidateBlock.recomputed_flops(reduction, *scores, device=batch.device)
+        if (recomputed := getattr(self.encoder, "recomputed_flops", None)) is not None:
+            again += recomputed(num_tokens, pairs)
+        return ForwardFlops(attention=count(0, pairs), projections=count(num_tokens, 0), head=head, recomputed=again)
 
     # ---- Lightning's steps -------------------------------------------------------------------------------------
 

@@ -13,11 +13,18 @@ import torch
 from torch import Tensor
 
 from lightning_gr.ops.backend import Backend, choose_backend
+from lightning_gr.ops.full_softmax import cpu
 from lightning_gr.ops.full_softmax.fused import FullSoftmax
 from lightning_gr.ops.full_softmax.logits import Logits
 from lightning_gr.ops.full_softmax.reference import full_softmax_reference
 
-__all__ = ["full_softmax_bytes", "full_softmax_flops", "full_softmax_loss", "log_sum_exp"]
+__all__ = [
+    "full_softmax_bytes",
+    "full_softmax_flops",
+    "full_softmax_loss",
+    "full_softmax_recomputed_flops",
+    "log_sum_exp",
+]
 
 
 def full_softmax_loss(
@@ -147,7 +154,7 @@ def _checked(
 def full_softmax_flops(num_tokens: int, num_items: int, dim: int) -> int:
     """Forward floating-point operations: the dot products.
 
-    A backward pass has twice as many, and as many again where it computes the logits anew, which MFU does not count.
+    A backward pass has twice as many; `full_softmax_recomputed_flops` says what it computes anew beside.
 
     Args:
         num_tokens: tokens with a target.
@@ -155,6 +162,17 @@ def full_softmax_flops(num_tokens: int, num_items: int, dim: int) -> int:
         dim: width of the embeddings.
     """
     return 2 * num_tokens * num_items * dim
+
+
+def full_softmax_recomputed_flops(
+    num_tokens: int, num_items: int, dim: int, *, device: torch.device, backend: Backend = "auto"
+) -> int:
+    """What a backward pass computes again of the forward's operations; arguments as of `full_softmax_flops`."""
+    chosen = choose_backend(backend, device)
+    if chosen == "reference" or (chosen == "cpu" and cpu.keeps_logits(num_tokens, num_items)):
+        return 0
+    # On a GPU the gradients of queries and of items have a kernel each, and each kernel makes the logits.
+    return (2 if chosen == "triton" else 1) * full_softmax_flops(num_tokens, num_items, dim)
 
 
 def full_softmax_bytes(num_tokens: int, num_items: int, dim: int, *, element_size: int = 4) -> int:

@@ -31,7 +31,7 @@ def forward(of: Logits) -> tuple[Tensor, tuple[Tensor, ...]]:
     maximum_T = of.queries_TD.new_full((len(of.queries_TD),), lowest)
     sum_T = torch.zeros_like(maximum_T)
     size = len(of.queries_TD), len(of.items_CD)
-    keeps = size[0] * size[1] * sum_T.element_size() <= _KEPT_BYTES
+    keeps = keeps_logits(*size, element_size=sum_T.element_size())
     kept: tuple[Tensor, ...] = ()
     for tokens, items, logits_NM in _tiles(of, *(size if keeps else (_TOKENS, _ITEMS))):
         maximum_N, sum_N = maximum_T[tokens], sum_T[tokens]
@@ -42,6 +42,11 @@ def forward(of: Logits) -> tuple[Tensor, tuple[Tensor, ...]]:
             sum_N += logits_NM.sub_(maximum_N[:, None]).exp_().sum(1)
         kept = (logits_NM, sum_T) if keeps else ()
     return maximum_T + sum_T.log(), kept
+
+
+def keeps_logits(num_tokens: int, num_items: int, *, element_size: int = 4) -> bool:
+    """Whether backward finds the exponentials of all logits, instead of computing them again."""
+    return num_tokens * num_items * element_size <= _KEPT_BYTES
 
 
 def backward(
