@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from numbers import Integral
 from typing import Any
 
 from torch import Tensor
@@ -41,11 +42,23 @@ class BatchCounts:
 
 def _known(batch: Any, name: str) -> int | None:
     count = getattr(batch, name, None)
-    return count if isinstance(count, int) else None
+    return int(count) if isinstance(count, Integral) else None
 
 
 def _rows(batch: Any) -> int:
-    """Of the first tensor inside; 1 where there is none."""
-    while isinstance(batch, (Mapping, Sequence)) and not isinstance(batch, str) and len(batch):
-        batch = next(iter(batch.values())) if isinstance(batch, Mapping) else batch[0]
-    return batch.shape[0] if isinstance(batch, Tensor) and batch.dim() else 1
+    """Of the first tensor inside; 1 where there is none, and 0 of no batch."""
+    return 0 if batch is None else next(_all_rows(batch), 1)
+
+
+def _all_rows(batch: Any) -> Iterator[int]:
+    if isinstance(batch, Tensor):
+        if batch.dim():
+            yield batch.shape[0]
+    elif callable(stride := getattr(batch, "stride", None)):  # a keyed jagged tensor's is its number of rows
+        yield int(stride())
+    elif is_dataclass(batch):
+        for part in fields(batch):
+            yield from _all_rows(getattr(batch, part.name))
+    elif isinstance(batch, Mapping | Sequence) and not isinstance(batch, str | bytes):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from _all_rows(part)
