@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from datetime import timedelta
+from weakref import WeakSet
 
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_gr.plugins.process_groups import group_named
 
 _TIMEOUT = timedelta(minutes=30)
-_failed_loggers: set[int] = set()
+_failed_loggers: WeakSet[Logger] = WeakSet()
 
 
 def by_rank(values: Mapping[str, float]) -> dict[str, list[float]]:
@@ -50,8 +52,8 @@ def log_values(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
         try:
             logger.log_metrics(dict(values), step=step)
         except Exception as error:  # whatever a service or a disk throws: a metric is not worth the run
-            if id(logger) not in _failed_loggers:
-                _failed_loggers.add(id(logger))
+            if logger not in _failed_loggers:
+                _failed_loggers.add(logger)
                 rank_zero_warn(
                     f"{type(logger).__name__}: cannot write {next(iter(values), 'metrics')} and others "
                     f"({type(error).__name__}: {error}); training goes on, and this is said once"

@@ -11,12 +11,13 @@ from lightning.fabric.utilities.throughput import get_available_flops
 _SIZE, _REPEATS = 1024, 5
 
 # Dense rates, operations a second. Of these chips Lightning 2.6 has no figure or a wrong one: it takes L40 and L40S for
-# an L4, and its figures of the H200 are those with 2:4 sparsity.
+# an L4, and its figures of the H200 and of the H100 NVL are those with 2:4 sparsity.
 _OURS: dict[str, tuple[dict[torch.dtype, float], str]] = {
     "b200": ({torch.bfloat16: 2250e12, torch.float32: 75e12}, "NVIDIA HGX B200 datasheet, 2024"),
     "gh200": ({torch.bfloat16: 989.4e12, torch.float32: 66.9e12}, "NVIDIA GH200 datasheet, 2023"),
     "h200 nvl": ({torch.bfloat16: 835.5e12, torch.float32: 60e12}, "NVIDIA H200 datasheet, 2024"),
     "h200": ({torch.bfloat16: 989.4e12, torch.float32: 66.9e12}, "NVIDIA H200 datasheet, 2024"),
+    "h100 nvl": ({torch.bfloat16: 835.5e12, torch.float32: 60e12}, "NVIDIA H100 datasheet, 2024"),
     "h800": ({torch.bfloat16: 989.4e12, torch.float32: 66.9e12}, "as H100 SXM; NVIDIA, 2023"),
     "h20": ({torch.bfloat16: 148e12, torch.float32: 44e12}, "NVIDIA H20 specification, 2024"),
     "a800": ({torch.bfloat16: 312e12, torch.float32: 19.5e12}, "as A100; NVIDIA, 2022"),
