@@ -59,6 +59,7 @@ class ReportCallback(pl.Callback):
         self._metrics: Mapping[str, Any] = {}
         self._seen: dict[str, Any] = {}
         self._step = 0
+        self._is_open = False  # whether callbacks behind this one may still log something of that step
         self._lengths = np.zeros(len(FIRST_LENGTHS), dtype=np.int64)  # of this rank, since the last log step
         self._all_lengths = self._lengths.copy()
         self._began, self._seconds_before = 0.0, 0.0
@@ -75,7 +76,7 @@ class ReportCallback(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._metrics = trainer.callback_metrics
-        self._seen, self._step = dict(self._metrics), trainer.global_step
+        self._seen, self._step, self._is_open = dict(self._metrics), trainer.global_step, False
         self._lengths[:] = self._all_lengths[:] = 0
         self._began, self._seconds_before = time.monotonic(), 0.0
         self._files = None
@@ -87,7 +88,7 @@ class ReportCallback(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._record()  # what callbacks behind this one have logged at the last step
+        self._record_rest()
 
     @override
     def on_train_batch_end(
@@ -103,7 +104,7 @@ class ReportCallback(pl.Callback):
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._record()
+        self._record_rest()
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -113,6 +114,7 @@ class ReportCallback(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._step = trainer.global_step
         self._count_lengths()
         self._finish(trainer, pl_module, state="finished")
 
@@ -163,7 +165,7 @@ class ReportCallback(pl.Callback):
 
     def _note(self, trainer: pl.Trainer) -> None:
         """Reads metrics where all ranks do: Lightning may compute some, all ranks together."""
-        self._metrics, self._step = trainer.callback_metrics, trainer.global_step
+        self._metrics, self._step, self._is_open = trainer.callback_metrics, trainer.global_step, True
 
     def _count_lengths(self) -> None:
         names = [str(x) for x in FIRST_LENGTHS]
@@ -171,18 +173,22 @@ class ReportCallback(pl.Callback):
         self._lengths[:] = 0
         self._all_lengths += np.array([int(sum(x)) for x in ranks.values()])
 
+    def _record_rest(self) -> None:
+        if self._is_open:
+            self._record()
+            self._is_open = False
+
     def _record(self, *, lengths: bool = False) -> None:
         """Appends the metrics that are new since they were last written."""
+        new = {name: value for name, value in self._metrics.items() if self._seen.get(name) is not value}
+        self._seen |= new
+        self._write(new, lengths=lengths)
+
+    def _write(self, metrics: Mapping[str, Any], *, lengths: bool = False) -> None:
         if self._files is None:
             return
-        new = {name: value for name, value in self._metrics.items() if self._seen.get(name) is not value}
-        if not new and not lengths:
-            return
-        self._seen |= new
         with _Tried("write", self):
-            scalars = {
-                name: float(value) for name, value in new.items() if not isinstance(value, Tensor) or value.numel() == 1
-            }
+            scalars = {name: float(x) for name, x in metrics.items() if not isinstance(x, Tensor) or x.numel() == 1}
             counts = self._all_lengths.tolist() if lengths and self._all_lengths.any() else None
             self._files.append(step=self._step, seconds=self._seconds, values=scalars, lengths=counts)
 
@@ -195,8 +201,11 @@ class ReportCallback(pl.Callback):
     def _finish(self, trainer: pl.Trainer, module: pl.LightningModule, *, state: str, reason: str = "") -> None:
         if self._files is None:
             return
-        self._record(lengths=True)
-        seconds = self._seconds
+        self._record_rest()
+        self._write({}, lengths=True)
+        files, seconds = self._files, self._seconds
+        if files is None:  # it could not be written
+            return
         with _Tried("end", self):
             self._facts |= {"state": state, "reason": reason, "step": trainer.global_step, "seconds": seconds}
             self._facts["histograms"] = {
@@ -204,9 +213,9 @@ class ReportCallback(pl.Callback):
                 for callback in trainer.callbacks  # type: ignore[attr-defined]
                 for name, counts in getattr(callback, "histograms", {}).items()
             }
-            self._files.write_facts(self._facts)
+            files.write_facts(self._facts)
             self._facts["balance"] = _balance(trainer, module)
-            self._files.write_facts(self._facts)
+            files.write_facts(self._facts)
             page = write_report(self._folder)
             rank_zero_info(f"ReportCallback: the report is {page}")
         self._files, self._metrics, self._seen = None, {}, {}
