@@ -169,10 +169,10 @@ def test_what_a_module_does_not_tell_is_left_out(gloo: Any, flops: str) -> None:
 
 
 def test_waits_for_data_are_those_of_training() -> None:
-    slow = [loader(0, 14, work=(5,), seconds=0.02)]
-    found = fit(Model(), slow, monitor=BalanceMonitor(max_data_wait_share=0.5))
+    slow = [loader(0, 14, work=(5,), seconds=0.05)]
+    found = fit(Model(), slow, monitor=BalanceMonitor(max_data_wait_share=0.3))
     for row in found["rows"]:
-        assert 0.5 < row["data_wait_share"] < 0.9
+        assert 0.3 < row["data_wait_share"] < 1
         assert (row["wait_share"], row["slowest_rank"]) == (0, 0)
     assert len(found["said"]) == 1
     assert "gr/data_wait_share: rank 0 waits for data for " in found["said"][0]
@@ -180,7 +180,7 @@ def test_waits_for_data_are_those_of_training() -> None:
     # Evaluations, whatever they take, are none of it.
     quick = [loader(0, 12, work=(5,)), loader(0, 4, seconds=0.02)]
     for row in fit(Model(), quick, monitor=BalanceMonitor(), val_check_interval=3)["rows"]:
-        assert row["data_wait_share"] < 0.3
+        assert row["data_wait_share"] < 0.5
 
 
 @pytest.mark.parametrize("name", ["max_wait_share", "max_data_wait_share", "max_exchange_share"])
@@ -248,7 +248,7 @@ def fit_tables(
     module = Tables()
     batches = torch.utils.data.DataLoader(Ids(16, fetch), batch_size=None)
     strategy = SequenceBalancedStrategy(sparse_lr=0.1, pipeline_depth=depth)
-    monitor = BalanceMonitor(max_wait_share=1.0, max_data_wait_share=0.5, max_exchange_share=0.5)
+    monitor = BalanceMonitor(max_wait_share=1.0, max_data_wait_share=0.2, max_exchange_share=0.2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(StartedLookups, "finish", slow)
         found = fit(module, [batches], world=world, strategy=strategy, monitor=monitor if monitored else None)
@@ -258,14 +258,14 @@ def fit_tables(
 
 @pytest.mark.dist
 def test_a_pipelines_waits_are_told_apart(gloo: Any) -> None:
-    by_fetching = gloo(2).run(fit_tables, world=2, fetch=0.06)[0]
-    by_exchanging = gloo(2).run(fit_tables, world=2, look_up=0.06)[0]
+    by_fetching = gloo(2).run(fit_tables, world=2, fetch=0.15)[0]
+    by_exchanging = gloo(2).run(fit_tables, world=2, look_up=0.15)[0]
     for found, high, low in (
         (by_fetching, "data_wait_share", "exposed_exchange_share"),
         (by_exchanging, "exposed_exchange_share", "data_wait_share"),
     ):
         shares = {name: float(np.mean([row[name] for row in found["rows"][3:]])) for name in (high, low)}
-        assert shares[high] > 0.5 > 2 * shares[low], shares
+        assert shares[high] > 0.2 > shares[low], shares
         assert shares[high] + shares[low] <= 1
         assert [said.split()[1] for said in found["said"]] == [f"gr/{high}:"]
     assert "sparse_update to semi_async or exact_async" in by_exchanging["said"][0]
@@ -274,8 +274,8 @@ def test_a_pipelines_waits_are_told_apart(gloo: Any) -> None:
 
 @pytest.mark.dist
 def test_without_a_pipeline_exchanges_are_not_known(gloo: Any) -> None:
-    rows = gloo(1).run(fit_tables, world=1, depth=0, fetch=0.02)[0]["rows"]
-    assert all("exposed_exchange_share" not in row and row["data_wait_share"] > 0.3 for row in rows)
+    rows = gloo(1).run(fit_tables, world=1, depth=0, fetch=0.05)[0]["rows"]
+    assert all("exposed_exchange_share" not in row and row["data_wait_share"] > 0.2 for row in rows)
 
 
 @pytest.mark.dist

@@ -167,26 +167,26 @@ def steps_of(folder: Path, first: int, rank: int = 0) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("kind", ["ddp", "balanced"])
 def test_two_ranks_are_recorded(gloo: Any, tmp_path: Path, kind: str) -> None:
     given = {"start_step": 4, "num_steps": 3}
-    gloo(2).run(fit, str(tmp_path), kind=kind, world=2, sleep=0.03, given=given)
+    gloo(2).run(fit, str(tmp_path), kind=kind, world=2, sleep=0.1, given=given)
     assert names(tmp_path) == recorded(4, 2)
     table = shares(tmp_path, 4)
     for rank, row in enumerate(table):
         steps = steps_of(tmp_path, 4, rank)
         assert [step["name"] for step in steps] == [f"lightning-gr step {number}" for number in (4, 5, 6)]
-        assert sum(step["dur"] for step in steps) / 3e3 == pytest.approx(sum(row.values()), rel=0.02, abs=1)
+        assert sum(step["dur"] for step in steps) / 3e3 == pytest.approx(sum(row.values()), rel=0.02, abs=5)
         assert row["compute"] > 0.1
         assert any(event.get("cat") == "stage" for event in events(tmp_path, 4, rank)) == (kind == "balanced")
     # Rank 1 sleeps, which nobody but idle time can be; rank 0 waits for it in the exchange of gradients.
-    assert table[1]["idle"] > 25
-    assert table[0]["exposed exchange"] > 20 > table[0]["idle"]
+    assert table[1]["idle"] > 95
+    assert table[0]["exposed exchange"] > 60 > table[0]["idle"]
     assert sum(table[0].values()) == pytest.approx(sum(table[1].values()), rel=0.2)
 
 
 def test_waits_for_data_and_evaluations(tmp_path: Path) -> None:
     fit(tmp_path, seconds=0.01, given={"start_step": 3, "num_steps": 4}, val_check_interval=2)
     (row,) = shares(tmp_path, 3)
-    assert 19 < row["data wait"] < 40, "two rows a batch"
-    assert row["idle"] < 20, "an evaluation is 50 ms"
+    assert 19 < row["data wait"] < 60, "two rows a batch"
+    assert row["idle"] < 40, "an evaluation is 100 ms, after every second step"
     assert row["exposed exchange"] == row["copy"] == 0
     took = sum(step["dur"] for step in steps_of(tmp_path, 3)) / 4e3
     assert took - sum(row.values()) > 25, "which the trace has and the table has not"
