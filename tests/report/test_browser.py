@@ -56,7 +56,8 @@ document.getElementById("page").addEventListener("load", () => {{
   const wide = [...page.querySelectorAll("body *")].filter(x => !x.closest(".scroll > *") && !x.closest("svg")
     && x.getBoundingClientRect().right > root.clientWidth + 1);
   document.getElementById("found").textContent = JSON.stringify({{
-    figures, width: root.clientWidth, scroll: root.scrollWidth, wide: wide.map(x => x.outerHTML.slice(0, 99)),
+    figures, marks: [...page.querySelectorAll("svg.mark")].map(x => x.getBoundingClientRect().width),
+    width: root.clientWidth, scroll: root.scrollWidth, wide: wide.map(x => x.outerHTML.slice(0, 99)),
     smallest: Math.min(...texts.map(x => parseFloat(view.getComputedStyle(x).fontSize))),
     texts: [...new Set(texts.map(x => view.getComputedStyle(x).color))],
     ground: view.getComputedStyle(page.body).backgroundColor,
@@ -120,6 +121,8 @@ def test_it_is_readable(pages: dict[str, Path], which: str, width: int, dark: bo
         assert figure["smallest"] >= 9
         assert contrast(figure["text"], figure["ground"]) >= 7
         assert all(contrast(x, figure["ground"]) >= 3 for x in figure["lines"] if x != "none")
+    assert found["marks"]
+    assert all(20 < x < 30 for x in found["marks"])
     assert found["wide"] == []
     assert found["scroll"] <= found["width"] <= width
     assert found["smallest"] >= 12
