@@ -123,6 +123,40 @@ def fit(
     }
 
 
+class Event:
+    """Stands in for an event of a GPU, whose kernels end when they are launched."""
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, later: Event) -> float:
+        return 1e3 * (later.at - self.at)
+
+
+class OnGPU(Model):
+    """Seems to be on a GPU; its backward takes long on rank 0, which waits there."""
+
+    device = torch.device("cuda")  # type: ignore[assignment]
+
+    def on_after_backward(self) -> None:
+        time.sleep(0.03 if self.global_rank == 0 else 0.0)
+
+
+def fit_on_gpus() -> dict[str, Any]:
+    import torch.distributed as dist
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "Event", Event)
+        data = [loader(dist.get_rank(), 12, work=(4, 20))]
+        return fit(OnGPU(), data, world=2, strategy="ddp", monitor=BalanceMonitor(max_data_wait_share=1.0))
+
+
 def fit_on_ranks(accumulate: int, work: tuple[int, ...], flops: str, count: int = 12) -> dict[str, Any]:
     import torch.distributed as dist
 
@@ -159,6 +193,14 @@ def test_imbalance_and_waits_of_two_ranks(gloo: Any, accumulate: int) -> None:
     assert len(first["said"]) == 1
     for part in ("gr/wait_share_max: rank 1 is the slowest, and rank 0 waits for ", "SequenceBalancedStrategy"):
         assert part in first["said"][0]
+
+
+@pytest.mark.dist
+def test_on_a_gpu_forwards_are_compared(gloo: Any) -> None:
+    rows = gloo(2).run(fit_on_gpus)[0]["rows"]
+    # Single forwards may be long by chance, on either rank.
+    assert np.median([row["wait_share_max"] for row in rows[1:]]) > 0.4
+    assert np.median([row["slowest_rank"] for row in rows[1:]]) == 1
 
 
 @pytest.mark.dist
