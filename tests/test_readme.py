@@ -130,5 +130,6 @@ def test_the_demo_on_a_users_file(folder: Path) -> None:
     assert output.count("history ") == 3
     assert list((folder / "shown/predictions").glob("*.parquet"))
     assert (folder / "shown/csv/metrics.csv").is_file()
+    assert (folder / "shown/report.html").is_file()
     assert list((folder / "shown/tensorboard").glob("events.out.tfevents.*"))
     assert list((folder / "shown/tensorboard/checkpoints").glob("best.ckpt/meta.pt"))
