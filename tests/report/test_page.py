@@ -172,6 +172,15 @@ def test_a_long_run_is_no_larger_a_page(tmp_path: Path) -> None:
     assert [x.name for x in tmp_path.iterdir()] == ["x.html"]
 
 
+def test_the_hardwares_utilisation_is_shown_where_it_is_another() -> None:
+    def shown(hfu: float) -> str:
+        series = {"gr/mfu": Series([1], [0.5], [0.1]), "gr/hfu": Series([1], [hfu], [0.1])}
+        return sections([Run("x", series)])[1].cards[0].name
+
+    assert shown(0.5) == "gr/mfu"
+    assert shown(0.6) == "gr/mfu, gr/hfu"
+
+
 def test_what_lightning_writes_twice_is_shown_once() -> None:
     one = Series([1], [2.0], [0.1])
     run = Run(
