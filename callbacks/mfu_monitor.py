@@ -6,6 +6,7 @@ import math
 import resource
 import time
 from contextlib import ExitStack
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
@@ -21,7 +22,7 @@ from lightning_gr.observability.by_rank import by_rank, is_log_step, log_values
 from lightning_gr.observability.peak_rate import PeakRate, compute_dtype, peak_rate
 
 if TYPE_CHECKING:
-    from torch.utils.flop_counter import FlopCounterMode
+    from lightning_gr.observability.product_counter import ProductCounter
 
 _COUNTS = ("samples", "tokens", "padding", "rectangle")
 _FLOPS = ("model", "hardware", "attention", "forward")
@@ -62,11 +63,17 @@ class MFUMonitor(pl.Callback):
         self._spans: list[tuple[_Mark, _Mark]] = []
         self._began: _Mark | None = None
         self._device = torch.device("cpu")
-        self._measuring: tuple[ExitStack, FlopCounterMode] | None = None
+        self._measuring: tuple[ExitStack, ProductCounter] | None = None
         self._flops_per_unit: float | None = None
         self._is_uncounted = False
+        self._uncounted_units = 0
 
     # ---- hooks -------------------------------------------------------------------------------------------------
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.global_step == 0:  # a run of its own; a checkpoint's totals are loaded later
+            self.totals = dict.fromkeys(_TOTALS, 0.0)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -78,7 +85,7 @@ class MFUMonitor(pl.Callback):
         rank_zero_info(
             f"MFUMonitor: a device's peak rate is taken as {self.peak.flops / 1e12:.4g} TFLOP/s ({self.peak.source})"
         )
-        self._flops_per_unit = None
+        self._flops_per_unit, self._is_uncounted, self._uncounted_units = None, False, 0
         self._begin_window()
 
     @override
@@ -87,27 +94,23 @@ class MFUMonitor(pl.Callback):
     ) -> None:
         unknown = self._flops_per_unit is None and (self._is_uncounted or not hasattr(pl_module, "flops"))
         if unknown and self._measuring is None:
-            from torch.utils.flop_counter import FlopCounterMode  # which warns when it is imported
+            from lightning_gr.observability.product_counter import ProductCounter
 
             stack = ExitStack()
-            self._measuring = (stack, stack.enter_context(FlopCounterMode(display=False)))
+            self._measuring = (stack, stack.enter_context(ProductCounter()))
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        counts = BatchCounts.of(batch)
-        for name in _COUNTS:
-            count = getattr(counts, name)
-            self._window[name] += math.nan if count is None else count
-        flops = self._flops_of(pl_module, batch, counts)
-        for name in _FLOPS:
-            self._window[name] += getattr(flops, name)
+        if batch is not None:  # which Lightning passes over
+            self._count(pl_module, batch)
         if is_log_step(trainer):
             self._log(trainer)
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop_measuring()
         if self._began is not None:
             self._spans.append((self._began, _Mark(self._device)))
             self._began = None
@@ -119,41 +122,57 @@ class MFUMonitor(pl.Callback):
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop_measuring()
         if self._window:
             self._add_to_totals(by_rank(self._not_in_totals()))
         self._window, self._spans, self._began = {}, [], None
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if self._measuring is not None:
-            self._measuring[0].close()
-            self._measuring = None
+        self._stop_measuring()
 
     # ---- operations --------------------------------------------------------------------------------------------
+
+    def _count(self, module: pl.LightningModule, batch: Any) -> None:
+        counts = BatchCounts.of(batch)
+        for name in _COUNTS:
+            count = getattr(counts, name)
+            self._window[name] += math.nan if count is None else count
+        flops = self._flops_of(module, batch, counts)
+        for name in _FLOPS:
+            count = getattr(flops, name)
+            # A sum with a number of Python's would be one of float32.
+            self._window[name] += count.double() if isinstance(count, Tensor) else count
 
     def _flops_of(self, module: pl.LightningModule, batch: Any, counts: BatchCounts) -> ForwardFlops:
         count: Any = getattr(module, "flops", None)
         found = None if count is None else count(batch)
         if isinstance(found, ForwardFlops):
             return found
-        if isinstance(found, int | float | Tensor):
+        if isinstance(found, Real | Tensor):
             return ForwardFlops(projections=found)  # type: ignore[arg-type]
         self._is_uncounted = True
         units = counts.samples if counts.tokens is None else counts.tokens
-        if self._measuring is not None:
-            stack, counter = self._measuring
-            stack.close()
-            self._measuring = None
-            if units:
-                self._flops_per_unit = counter.get_total_flops() / units
-                what = "samples" if counts.tokens is None else "tokens"
-                rank_zero_info(
-                    f"MFUMonitor: {type(module).__name__} has no flops(batch); taken are the matrix products that "
-                    f"torch counts in one batch, padding included: {self._flops_per_unit:.4g} operations for each of "
-                    f"its {what}"
-                )
+        if (counter := self._stop_measuring()) is not None and units:
+            self._flops_per_unit = counter.flops / units
+            what = "samples" if counts.tokens is None else "tokens"
+            rank_zero_info(
+                f"MFUMonitor: {type(module).__name__} has no flops(batch); taken are the matrix products that torch "
+                f"counts in one batch, padding included: {self._flops_per_unit:.4g} operations for each of its {what}"
+            )
+        if self._flops_per_unit is None:
+            self._uncounted_units += units  # until a batch is measured
+        else:
+            units, self._uncounted_units = units + self._uncounted_units, 0
         # Forward and backward together, of which ForwardFlops makes three times the forward.
         return ForwardFlops(projections=(self._flops_per_unit or 0.0) * units / 3)  # type: ignore[arg-type]
+
+    def _stop_measuring(self) -> ProductCounter | None:
+        if self._measuring is None:
+            return None
+        (stack, counter), self._measuring = self._measuring, None
+        stack.close()
+        return counter
 
     # ---- windows -----------------------------------------------------------------------------------------------
 
@@ -188,7 +207,7 @@ class MFUMonitor(pl.Callback):
             "gr/padding_avoided": 1 - slots / rectangle if rectangle else math.nan,
             "gr/attention_share": total["attention"] / total["forward"] if total["forward"] else math.nan,
             "gr/flops_total": self.totals["flops"],
-            "gr/tokens_total": self.totals["tokens"],
+            "gr/tokens_total": math.nan if math.isnan(total["tokens"]) else self.totals["tokens"],
             "gr/peak_memory_gib": max(ranks["memory"]),
         }
 
