@@ -439,8 +439,7 @@ class RetrievalModule(pl.LightningModule):
             if self.draws:
                 head = sampled_softmax_flops(num_labels, self.negatives.num_negatives, dim)
             else:
-                everything = batch.denominators[TASK] if self.in_batch else self.num_items or 0
-                scores = (num_labels, int(everything), dim)
+                scores = (num_labels, self._labels_together(batch) if self.in_batch else self.num_items or 0, dim)
                 head = full_softmax_flops(*scores)
                 reduction: Literal["log_sum_exp", "softplus_sum"] = (
                     "softplus_sum" if self.loss == "bce" else "log_sum_exp"
@@ -450,6 +449,12 @@ class RetrievalModule(pl.LightningModule):
         if (recomputed := getattr(self.encoder, "recomputed_flops", None)) is not None:
             again += recomputed(num_tokens, pairs)
         return ForwardFlops(attention=count(0, pairs), projections=count(num_tokens, 0), head=head, recomputed=again)
+
+    def _labels_together(self, batch: SequenceBatch) -> int:
+        """Of all processes; where batches are accumulated, a mean over those of a step."""
+        group = all_processes_of(self.tables)
+        accumulated = max(batch.gradient_divisor / (1 if group is None else group.size()), 1.0)
+        return round(batch.denominators[TASK] / accumulated)
 
     # ---- Lightning's steps -------------------------------------------------------------------------------------
 
