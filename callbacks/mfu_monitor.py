@@ -130,6 +130,8 @@ class MFUMonitor(pl.Callback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._stop_measuring()
+        # Other ranks may not come here: what is saved now has the totals of the last log step, without a collective.
+        self._window, self._spans, self._began = {}, [], None
 
     # ---- operations --------------------------------------------------------------------------------------------
 

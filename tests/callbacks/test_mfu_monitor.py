@@ -14,7 +14,7 @@ import numpy as np
 import polars
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -241,6 +241,33 @@ def test_a_first_batch_that_fails_leaves_nothing_behind(how: str) -> None:
     # The same callback serves another fit.
     fit(Counted(), rows_of(2), own)
     assert own.totals["flops"] == 2 * 300
+
+
+class Third(Counted):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        if batch_idx == 2:
+            raise RuntimeError("broken")
+        return super().training_step(batch, batch_idx)
+
+
+def test_what_is_saved_after_a_failure_waits_for_no_other_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_gr.callbacks import mfu_monitor
+
+    calls: list[dict[str, float]] = []
+    gather = mfu_monitor.by_rank
+    monkeypatch.setattr(mfu_monitor, "by_rank", lambda values: calls.append(values) or gather(values))
+    with pytest.raises(RuntimeError, match="broken"):
+        fit(
+            Third(),
+            rows_of(4),
+            monitor(),
+            OnExceptionCheckpoint(str(tmp_path)),
+            log_every_n_steps=1,
+            enable_checkpointing=True,
+        )
+    assert len(calls) == 2  # at two log steps
+    state = torch.load(tmp_path / "on_exception.ckpt", weights_only=False)["callbacks"]["MFUMonitor"]
+    assert state == {"flops": 2 * 300.0, "tokens": 0.0}
 
 
 def test_evaluations_are_not_in_the_time() -> None:
