@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_gr.models.forward_flops import ForwardFlops
-from lightning_gr.observability.batch_counts import BatchCounts
+from lightning_gr.observability.batch_work import work_of
 from lightning_gr.observability.by_rank import by_rank, is_log_step, log_values
 from lightning_gr.observability.fetch_times import FetchTimes
 from lightning_gr.observability.time_shares import exposed_exchanges, spans_of, total
@@ -113,9 +113,9 @@ class BalanceMonitor(pl.Callback):
             step.seconds += time.thread_time() - self._began
         else:
             step.forwards.append((self._began, self._forward_ended or _event()))
-        tokens = BatchCounts.of(batch).tokens
-        step.tokens += math.nan if tokens is None else tokens
-        step.flops += _flops(pl_module, batch)
+        counts, flops = work_of(pl_module, batch)
+        step.tokens += math.nan if counts.tokens is None else counts.tokens
+        step.flops += _number(flops)
         assert self._fetches is not None
         self._add_times(self._fetches.take())
         if is_log_step(trainer):
@@ -315,12 +315,11 @@ def _imbalance(steps: list[list[float]]) -> float:
     return _mean([max(ranks) * len(ranks) / sum(ranks) for ranks in steps if sum(ranks) != 0])
 
 
-def _flops(module: pl.LightningModule, batch: Any) -> Any:
-    count: Any = getattr(module, "flops", None)
-    found = None if count is None else count(batch)
-    if found is None:
+def _number(flops: Any) -> Any:
+    """What a module's ``flops(batch)`` comes to; NaN where it does not say."""
+    if flops is None:
         return math.nan
-    return found.model if isinstance(found, ForwardFlops) else found
+    return flops.model if isinstance(flops, ForwardFlops) else flops
 
 
 def _stage_log(trainer: pl.Trainer) -> StageLog | None:

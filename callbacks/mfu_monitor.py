@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from lightning_gr.models.forward_flops import ForwardFlops
 from lightning_gr.observability.batch_counts import BatchCounts
+from lightning_gr.observability.batch_work import work_of
 from lightning_gr.observability.by_rank import by_rank, is_log_step, log_values
 from lightning_gr.observability.peak_rate import PeakRate, compute_dtype, peak_rate
 
@@ -136,19 +137,17 @@ class MFUMonitor(pl.Callback):
     # ---- operations --------------------------------------------------------------------------------------------
 
     def _count(self, module: pl.LightningModule, batch: Any) -> None:
-        counts = BatchCounts.of(batch)
+        counts, found = work_of(module, batch)
         for name in _COUNTS:
             count = getattr(counts, name)
             self._window[name] += math.nan if count is None else count
-        flops = self._flops_of(module, batch, counts)
+        flops = self._flops_of(module, found, counts)
         for name in _FLOPS:
             count = getattr(flops, name)
             # A sum with a number of Python's would be one of float32.
             self._window[name] += count.double() if isinstance(count, Tensor) else count
 
-    def _flops_of(self, module: pl.LightningModule, batch: Any, counts: BatchCounts) -> ForwardFlops:
-        count: Any = getattr(module, "flops", None)
-        found = None if count is None else count(batch)
+    def _flops_of(self, module: pl.LightningModule, found: Any, counts: BatchCounts) -> ForwardFlops:
         if isinstance(found, ForwardFlops):
             return found
         if isinstance(found, Real | Tensor):

@@ -86,6 +86,10 @@ class TableMonitor(pl.Callback):
         self._put_by()
         self._tables = {}
 
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._tables = {}  # other ranks may not come here, so that what is saved now makes no collective
+
     # ---- values ------------------------------------------------------------------------------------------------
 
     def _log(self, trainer: pl.Trainer) -> None:

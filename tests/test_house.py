@@ -89,7 +89,9 @@ def _forbidden(importer: str, imported: str) -> bool:
     if target == "callbacks":
         return room != "callbacks"
     if target == "plugins":
-        return room not in ("plugins", "callbacks")
+        return room not in ("plugins", "callbacks", "observability")
+    if target == "observability":
+        return room not in ("callbacks", "observability", "report", "cli")
     return False
 
 
@@ -126,6 +128,8 @@ def test_who_imports_whom() -> None:
         ("lightning_gr.plugins.a", "lightning_gr.callbacks.b", True),
         ("lightning_gr.callbacks.a", "lightning_gr.plugins.b", False),
         ("lightning_gr.callbacks.a", "plugins.b", True),
+        ("lightning_gr.observability.a", "lightning_gr.plugins.b", False),
+        ("lightning_gr.models.a", "lightning_gr.observability.b", True),
         ("lightning_gr.batch", "lightning_gr.cli.errors", True),
         ("lightning_gr.cli.training", "lightning_gr.callbacks", False),
     ],

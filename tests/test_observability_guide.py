@@ -31,7 +31,9 @@ def documented() -> set[str]:
 def test_its_settings_are_taken() -> None:
     for block in BLOCKS:
         trainer: dict[str, Any] = yaml.safe_load(block)["trainer"]
-        made = [instantiate_class((), {"init_args": {}} | x) for x in trainer.get("callbacks", trainer.get("callbacks+"))]
+        made = [
+            instantiate_class((), {"init_args": {}} | x) for x in trainer.get("callbacks", trainer.get("callbacks+"))
+        ]
         assert all(isinstance(x, pl.Callback) for x in made)
 
 

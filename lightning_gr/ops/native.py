@@ -25,6 +25,7 @@ _FLAGS = (
     "-march=native",
     "-ffp-contract=fast",
     "-fno-math-errno",
+    "-fno-trapping-math",  # without it a clamp is a branch, and a loop with branches stays scalar
     "-fPIC",
     "-fopenmp",
     "-Wno-psabi",
