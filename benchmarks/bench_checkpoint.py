@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import statistics
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from gloo_processes import be_a_rank, free_port
 from reporting import commit, device, publish
 from torch import Tensor, nn
 from typing_extensions import override
@@ -228,16 +228,7 @@ def measure(rows: int, rounds: int, directory: Path) -> dict[str, Any]:
 
 def work(rank: int, port: int, rows: int, rounds: int, directory: str) -> None:
     """One process; the first one leaves what it measured in the directory."""
-    import logging
-    import warnings
-
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS}
-    os.environ |= {name: str(value) for name, value in ranks.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "bench"}
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    be_a_rank(rank, RANKS, port)
     found = measure(rows, rounds, Path(directory, "run"))
     if rank == 0:
         torch.save(found, Path(directory, "found"))
@@ -256,10 +247,8 @@ def main() -> None:
     rows = int(args.gigabytes * 1e9 / ROW_BYTES)
     print(f"{device()}; commit {commit()}; torch {torch.__version__}; {RANKS} gloo processes")
     print(f"{rows:,} rows of {DIM} float32, {ROW_BYTES} bytes each: {rows * ROW_BYTES / 1e9:.2f} GB")
-    with tempfile.TemporaryDirectory(dir=args.directory) as directory, socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
+    with tempfile.TemporaryDirectory(dir=args.directory) as directory:
+        port = free_port()
         Path(directory, "run").mkdir()
         torch.multiprocessing.spawn(work, (port, rows, args.rounds, directory), nprocs=RANKS)
         found = torch.load(Path(directory, "found"), weights_only=False)

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import statistics
 import sys
 import tempfile
@@ -39,6 +38,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from gloo_processes import be_a_rank, free_port
 from reporting import commit, device, publish
 from slow_network import Link, Network, Waits, slowed
 from timeline import draw
@@ -214,22 +214,7 @@ def train(mode: str, *, groups: int, node: int, ids: list[Array], is_free: bool 
 
 def work(rank: int, port: int, world_size: int, jobs: list[dict[str, Any]], steps: int, directory: str) -> None:
     """One process: trains what it is told to; the first one leaves what all have measured in the directory."""
-    import logging
-    import warnings
-
-    ranks = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "GROUP_RANK": 0,
-        "WORLD_SIZE": world_size,
-        "LOCAL_WORLD_SIZE": world_size,
-    }
-    os.environ |= {name: str(value) for name, value in ranks.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "bench"}
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    be_a_rank(rank, world_size, port)
     popularity, found = zipf(), []
     for job in jobs:
         rng, share = np.random.default_rng([rank, 1]), job.pop("zipf_share")
@@ -249,9 +234,7 @@ def work(rank: int, port: int, world_size: int, jobs: list[dict[str, Any]], step
 
 def run_all(world_size: int, jobs: list[dict[str, Any]], steps: int) -> list[dict[str, float]]:
     """What each job measured: medians over steps of means over ranks, in milliseconds, and shares."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as directory:
         torch.multiprocessing.spawn(work, (port, world_size, jobs, steps, directory), nprocs=world_size)
         found = torch.load(Path(directory, "found"), weights_only=False)

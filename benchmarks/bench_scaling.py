@@ -26,7 +26,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -38,6 +37,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from gloo_processes import be_a_rank, free_port
 from reporting import commit, device, publish
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -191,24 +191,9 @@ def train(
 
 def work(rank: int, world_size: int, port: int, core: int, pipe: Any) -> None:
     """One process: trains what it is told to, until the other end of the pipe is closed."""
-    import logging
-    import warnings
-
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {core})
-    ranks = {
-        "RANK": rank,
-        "LOCAL_RANK": rank,
-        "GROUP_RANK": 0,
-        "WORLD_SIZE": world_size,
-        "LOCAL_WORLD_SIZE": world_size,
-    }
-    os.environ |= {name: str(value) for name, value in ranks.items()}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "bench"}
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    be_a_rank(rank, world_size, port)
     try:
         while True:
             args, kwargs = pipe.recv()
@@ -222,9 +207,7 @@ class World:
 
     def __init__(self, cores: list[int]) -> None:
         context = multiprocessing.get_context("spawn")
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.pipes = []
         for rank, core in enumerate(cores):
             own, other = context.Pipe()

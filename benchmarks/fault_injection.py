@@ -23,7 +23,6 @@ import multiprocessing
 import os
 import random
 import shutil
-import socket
 import sys
 import tempfile
 import time
@@ -34,6 +33,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
+from gloo_processes import free_port
 from reporting import commit, device, publish
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -172,9 +172,7 @@ class Run:
     def __init__(self, folder: Path, processes: int, *, slow: bool = False, reference: bool = False) -> None:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(PRELOADED)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self._pipes: list[Connection] = []
         self._ranks: list[Any] = []
         for rank in range(processes):

@@ -113,7 +113,7 @@ def main(argv: Sequence[str]) -> int:
     from lightning.pytorch.callbacks import Checkpoint, ProgressBar
     from typing_extensions import override
 
-    from lightning_gr.callbacks import ResumeCheckpoint
+    from lightning_gr.callbacks import ResumeCheckpoint, TableMonitor
     from lightning_gr.checkpoint.reader import newest_complete
     from lightning_gr.cli.quiet import quiet_library_noise
     from lightning_gr.cli.training import GRCLI
@@ -174,7 +174,9 @@ def main(argv: Sequence[str]) -> int:
         @override
         def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
             trainer = super().instantiate_trainer(**kwargs)
-            kept = [x for x in trainer.callbacks if not isinstance(x, ProgressBar | Checkpoint)]  # type: ignore[attr-defined]
+            # A TableMonitor keeps how many keys ranks exchanged, of which more ranks have more.
+            left_out = ProgressBar | Checkpoint | TableMonitor
+            kept = [x for x in trainer.callbacks if not isinstance(x, left_out)]  # type: ignore[attr-defined]
             kept.append(ResumeCheckpoint(dirpath=str(saved), every_n_steps=run.save_every, background=run.background))
             trainer.callbacks = [*kept, Watch()]  # type: ignore[attr-defined]
             return trainer

@@ -161,6 +161,7 @@ def test_a_run_that_fails_has_its_report(tmp_path: Path) -> None:
 @pytest.fixture
 def handlers() -> Iterator[None]:
     kept = {x: signal.getsignal(x) for x in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     yield
     for number, handler in kept.items():
         signal.signal(number, handler)
