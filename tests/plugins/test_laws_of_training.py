@@ -331,7 +331,9 @@ def test_static_tables(gloo: Any, logs: Any, truth: Any, sparse: str, loss: str)
         assert samples(many) == samples(one)
 
 
-@pytest.mark.parametrize("sparse", [pytest.param("adagrad", marks=pytest.mark.long), "rowwise_adagrad", "adam"])
+@pytest.mark.parametrize(
+    "sparse", [*(pytest.param(x, marks=pytest.mark.long) for x in ("adagrad", "rowwise_adagrad")), "adam"]
+)
 def test_dynamic_tables_with_policies(gloo: Any, logs: Any, truth: Any, sparse: str) -> None:
     settings = {"kind": "dynamic", "sparse": sparse, "model": {"max_rows": 26}}
     one = truth(**settings)
@@ -418,7 +420,7 @@ def fit_twice(world_size: int, log: str, *, kind: str, same: bool, tokens_per_ra
     return {"losses": losses, "state": state(module), "metrics": metrics}
 
 
-@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("same", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_fit_validate_and_fit_again(gloo: Any, logs: Any, same: bool) -> None:
     for kind, tokens, close in (("dense", LONGEST, 1e-10), ("dynamic", LONGEST, 1e-4), ("static", None, 1e-4)):
         settings = {"kind": kind, "same": same}

@@ -256,7 +256,7 @@ def batches(rank: dict[str, Any], stage: str) -> set[int]:
     return {batch for name, batch, *_ in rank["events"] if name == stage}
 
 
-@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("kind", [pytest.param("static", marks=pytest.mark.long), "dynamic"])
 def test_it_is_the_plain_loader_bit_for_bit(gloo: Any, log: str, tmp_path: Path, kind: str) -> None:
     run, given = gloo(2).run, {"log": log}
     plain = run(fit, "retrieval", kind, depth=0, given=given, save=str(tmp_path / "plain.ckpt"))
@@ -270,7 +270,7 @@ def test_it_is_the_plain_loader_bit_for_bit(gloo: Any, log: str, tmp_path: Path,
             assert batches(rank, "train") <= batches(rank, "lookup")
 
 
-@pytest.mark.parametrize("kind", ["static", "dynamic"])
+@pytest.mark.parametrize("kind", [pytest.param("static", marks=pytest.mark.long), "dynamic"])
 def test_a_resumed_run_equals_the_uninterrupted_one(gloo: Any, log: str, tmp_path: Path, kind: str) -> None:
     run, path = gloo(2).run, str(tmp_path / "middle.ckpt")
     given = {"log": log, "dropout": 0.0}  # the state of torch's generator is in no checkpoint

@@ -489,7 +489,7 @@ def test_the_exact_variant_is_synchronous_training(gloo: Any, case: str) -> None
     assert_ahead(found, range(6 if case == "late" else accumulate, STEPS, accumulate))
 
 
-@pytest.mark.parametrize(("world_size", "groups"), [(1, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize(("world_size", "groups"), [(1, 1), (2, 2), pytest.param(4, 2, marks=pytest.mark.long)])
 def test_the_exact_variant_on_any_number_of_ranks_and_groups(gloo: Any, world_size: int, groups: int) -> None:
     for case in ("clipped, accumulated", "tight, missing bucket"):
         assert_same(*exact_and_sync(gloo, world_size, CASES[case], table_groups=groups, sparse_optimizer="adam"))
@@ -586,6 +586,7 @@ def fit_recipe(log: str, strategy: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+@pytest.mark.long
 def test_groups_plan_accumulation_and_staleness_together(gloo: Any, tmp_path: Path) -> None:
     rng, path = np.random.default_rng(0), tmp_path / "log.csv"
     lines = ["user_id,item_id,timestamp"]

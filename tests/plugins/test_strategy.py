@@ -256,6 +256,7 @@ def run_resumed(world_size: int, log: str, path: str) -> dict[str, Any]:
     return {"losses": record.losses, "samples": record.samples, "weights": weights_of(model)}
 
 
+@pytest.mark.long  # test_resume_laws resumes from more steps
 def test_a_resumed_run_equals_the_uninterrupted_one(gloo: Any, log: str, tmp_path: Path) -> None:
     steps = [1, 3, 4, 8, 13]
     full = gloo(2).run(run_and_save, 2, log, str(tmp_path), steps)

@@ -373,7 +373,7 @@ def truth(gloo: Any, log: str) -> Truth:
 # ---- M groups are one --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("sparse", ["adagrad", "adam"])
+@pytest.mark.parametrize("sparse", ["adagrad", pytest.param("adam", marks=pytest.mark.long)])
 def test_groups_of_ranks_train_as_one(gloo: Any, log: str, truth: Any, sparse: str) -> None:
     from lightning_gr.embeddings.dynamic.table_statistics import TableStatistics
 
@@ -476,6 +476,7 @@ def after(ranks: list[dict[str, Any]], steps: int) -> list[dict[str, Any]]:
     return [{name: x for name, x in rank.items() if name != "happened"} for rank in cut]
 
 
+@pytest.mark.long  # test_resume_laws resumes groups, too
 def test_resumed_with_the_same_groups_bit_for_bit_and_with_others(gloo: Any, log: str, tmp_path: Path) -> None:
     def run(groups: int, save: str | None = None, **settings: Any) -> Any:
         path = None if save is None else str(tmp_path / save)
