@@ -52,6 +52,13 @@ PRIVATE_NAMES = {
         "asked: a checkpoint waits for a validation that is about to run; _results and _batches_that_stepped are read "
         "and set, since Lightning saves neither"
     ),
+    "lightning.pytorch.loops.fit_loop:_FitLoop._should_accumulate": (
+        "asked: whether a batch ends an optimizer step; with _logger_connector.should_update_logs and "
+        "_batches_that_stepped of the Trainer, by which Lightning's own monitors log"
+    ),
+    "lightning.pytorch.loops.training_epoch_loop:_TrainingEpochLoop._on_before_fetch": (
+        "wrapped on a loop, with _on_after_fetch: the only calls around the training loop's wait for its next batch"
+    ),
     "torch.distributed._shard.sharded_tensor:ShardedTensor._init_from_local_shards_and_global_metadata": (
         "called: a copy of sharded weights, to be written while training goes on"
     ),

@@ -382,6 +382,7 @@ def test_a_batch_of_padding_alone_writes_no_nan() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_on_a_gpu_time_is_the_devices() -> None:
     """Work that the host only queues takes its time all the same; memory is what tensors took."""
 
