@@ -17,7 +17,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+from typing_extensions import Self
 
 from lightning_gr import __version__, recipes
 from lightning_gr.cli.errors import TRACEBACK_VARIABLE, Parser, UserError
@@ -87,8 +89,8 @@ def main(argv: Sequence[str]) -> int:
     overlays = _overlays(settings)
     if args.json is not None and not args.json.absolute().parent.is_dir():
         raise UserError(f"--json {args.json}: no such folder; make it first")
-    with _told_to_stop():
-        _train(contenders, seeds, metrics, settings, overlays, args.output, force=args.force)
+    with _Stop() as stop:
+        _train(contenders, seeds, metrics, settings, overlays, args.output, stop, force=args.force)
     if any(contender.results for contender in contenders):
         _show(contenders, seeds, metrics)
     if args.json is not None:
@@ -204,6 +206,7 @@ def _train(
     settings: list[str],
     overlays: list[Path],
     output: Path,
+    stop: _Stop,
     *,
     force: bool,
 ) -> None:
@@ -224,7 +227,7 @@ def _train(
             else:
                 console.print(f"{who}: started, log in {folder / 'log.txt'}")
                 started = time.monotonic()
-                failure = _run(contender.file, seed, settings, folder, key)
+                failure = _run(contender.file, seed, settings, folder, key, stop)
                 result = _stored(folder, key) if failure is None else None
                 said = f"{time.monotonic() - started:.0f} s"
                 if result is None:
@@ -261,7 +264,7 @@ def _stored(folder: Path, key: str) -> dict[str, Any] | None:
     return result if isinstance(result, dict) and result.get("key") == key else None
 
 
-def _run(file: Path, seed: int, settings: list[str], folder: Path, key: str) -> str | None:
+def _run(file: Path, seed: int, settings: list[str], folder: Path, key: str, stop: _Stop) -> str | None:
     """Fits and tests in a process of its own, where the user stands; returns why it failed."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / "logs", ignore_errors=True)
@@ -271,15 +274,17 @@ def _run(file: Path, seed: int, settings: list[str], folder: Path, key: str) -> 
     theirs = ["fit", "--config", str(file), *settings, "--seed_everything", str(seed)]
     log = folder / "log.txt"
     with log.open("w", encoding="utf-8") as stream:
-        # A group of its own: whatever processes the run has started end with it.
-        process = subprocess.Popen(
-            [*ours, *theirs],
-            stdout=stream,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
+        with stop.held():  # a process that was started is known before anything interrupts
+            # A group of its own: whatever processes the run has started end with it.
+            process = subprocess.Popen(
+                [*ours, *theirs],
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,
+            )
         try:
+            stop.raise_if_told()
             code = process.wait()
         finally:
             _stop(process)
@@ -294,21 +299,44 @@ def _run(file: Path, seed: int, settings: list[str], folder: Path, key: str) -> 
     return told[-1] if told else lines[-1].strip() if lines else f"exit code {code}"
 
 
-@contextlib.contextmanager
-def _told_to_stop() -> Iterator[None]:
-    """Lets a closed terminal or a batch system's end of time interrupt this command as Ctrl-C does."""
+class _Stop:
+    """Lets a closed terminal or a batch system's end of time interrupt this command as Ctrl-C does.
 
-    def interrupt(*_: object) -> NoReturn:
-        raise KeyboardInterrupt
+    Within `held` an interrupt waits.
+    """
 
-    told = [x for x in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(x) is signal.SIG_DFL]
-    for one in told:
-        signal.signal(one, interrupt)
-    try:
-        yield
-    finally:
-        for one in told:
-            signal.signal(one, signal.SIG_DFL)
+    def __init__(self) -> None:
+        self._is_held = self._is_told = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> Self:
+        for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            handler = signal.getsignal(one)
+            if handler in (signal.SIG_DFL, signal.default_int_handler):
+                self._before[one] = handler
+                signal.signal(one, self._interrupt)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for one, handler in self._before.items():
+            signal.signal(one, handler)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+
+    def raise_if_told(self) -> None:
+        if self._is_told:
+            raise KeyboardInterrupt
+
+    def _interrupt(self, *_: object) -> None:
+        self._is_told = True
+        if not self._is_held:
+            raise KeyboardInterrupt
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:
