@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from lightning_gr.data.interactions import Interactions
     from lightning_gr.data.loader import PlannedLoader
     from lightning_gr.data.plan import ArraySamples, EpochPlan, GlobalBatchPlan, SampleIndex
+    from lightning_gr.data.ranking_columns import Task
     from lightning_gr.data.ranking_datamodule import RankingDataModule
-    from lightning_gr.data.ranking_source import RankingSource, Task
+    from lightning_gr.data.ranking_source import RankingSource
     from lightning_gr.data.readers import read_events
     from lightning_gr.data.source import RetrievalSource, SequenceSource
     from lightning_gr.data.splits import ByTime, ByUser, LastShare, LeaveOneOut, Split
@@ -53,7 +54,7 @@ _MODULES = {
     "StreamDataModule": "stream_datamodule",
     "StreamLoader": "stream_loader",
     "SyntheticLog": "synthetic",
-    "Task": "ranking_source",
+    "Task": "ranking_columns",
     "UserRows": "event_table",
     "check_store": "event_store",
     "read_events": "readers",

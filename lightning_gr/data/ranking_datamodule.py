@@ -11,7 +11,8 @@ from typing_extensions import override
 from lightning_gr.data.cross_statistics import CrossStatistics
 from lightning_gr.data.datamodule import SequenceDataModule
 from lightning_gr.data.event_store import EventStore
-from lightning_gr.data.ranking_source import RankingSource, Task, item_categories
+from lightning_gr.data.ranking_columns import Task, item_categories
+from lightning_gr.data.ranking_source import RankingSource
 from lightning_gr.data.raw_ids import raw_key
 from lightning_gr.data.splits import LastShare, Part, Split
 from lightning_gr.ranking_features import RankingFeatures
