@@ -56,10 +56,10 @@ class Interval:
 
 @dataclass
 class _Contender:
-    """A recipe, its file, and what its runs gave, by seed."""
+    """A recipe, its file and those of its overlays, and what its runs gave, by seed."""
 
     name: str
-    file: Path
+    files: tuple[Path, ...]
     results: dict[int, dict[str, Any]] = field(default_factory=dict)
     failures: dict[int, str] = field(default_factory=dict)
 
@@ -110,7 +110,12 @@ def _parser() -> argparse.ArgumentParser:
         description="Trains every recipe once a seed, tests its best checkpoint, and shows the means with their 95 % "
         "intervals and the differences to the first recipe, paired by seed. What follows -- are settings of every run.",
     )
-    parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="a recipe's name or a YAML file")
+    parser.add_argument(
+        "recipes",
+        nargs="+",
+        metavar="RECIPE",
+        help="a recipe's name or a YAML file; A+B is A with the settings of B on top, as with two --config",
+    )
     parser.add_argument("--seeds", default="3", help="how many (1, 2, ...), or which: 7,8,9 (default 3)")
     parser.add_argument("--metrics", nargs="+", default=METRICS, metavar="NAME", help=f"default {' '.join(METRICS)}")
     parser.add_argument("--output", type=Path, default=Path("outputs/compare"), help="where the runs go")
@@ -160,20 +165,27 @@ def _halves(words: list[str]) -> tuple[list[str], list[str]]:
 
 def _contenders(given: list[str]) -> list[_Contender]:
     """Every recipe with a name of its own, by which its row and its folder go."""
-    files = [_file(value) for value in given]
-    for number, file in enumerate(files):
-        if file in files[:number]:
+    stacks = [tuple(_file(part) for part in _parts(value)) for value in given]
+    for number, files in enumerate(stacks):
+        if files in stacks[:number]:
             raise UserError(f"{given[number]}: is there twice; name every recipe once")
     shipped = {recipes.path(name).resolve(): name for name in recipes.ls()}
-    names = [shipped.get(file, file.stem) for file in files]
-    for depth in range(2, max(len(file.parts) for file in files)):
+    every = list(dict.fromkeys(file for files in stacks for file in files))
+    names = {file: shipped.get(file, file.stem) for file in every}
+    for depth in range(2, max(len(file.parts) for file in every)):
         # Files of one name: as much of the path as tells them apart.
-        alike = [number for number, name in enumerate(names) if names.count(name) > 1 and files[number] not in shipped]
-        for number in alike:
-            names[number] = "/".join(files[number].with_suffix("").parts[-depth:])
-    if len(set(names)) < len(names):
+        taken = list(names.values())
+        for file in [x for x in every if taken.count(names[x]) > 1 and x not in shipped]:
+            names[file] = "/".join(file.with_suffix("").parts[-depth:])
+    joined = ["+".join(names[file] for file in files) for files in stacks]
+    if len(set(joined)) < len(joined):
         raise UserError(f"{', '.join(given)}: two have the same name; rename one")
-    return [_Contender(name, file) for name, file in zip(names, files, strict=True)]
+    return [_Contender(name, files) for name, files in zip(joined, stacks, strict=True)]
+
+
+def _parts(value: str) -> list[str]:
+    """A recipe and its overlays; a file's own name may hold a plus."""
+    return [value] if Path(value).expanduser().is_file() else value.split("+")
 
 
 def _file(value: str) -> Path:
@@ -220,14 +232,14 @@ def _train(
             number += 1
             folder = _folder(output, contender.name, seed)
             who = f"[{number}/{total}] {contender.name}, seed {seed}"
-            key = _fingerprint([contender.file, *overlays], settings, seed)
+            key = _fingerprint([*contender.files, *overlays], settings, seed)
             result = None if force else _stored(folder, key)
             if result is not None:
                 said = "there already"
             else:
                 console.print(f"{who}: started, log in {folder / 'log.txt'}")
                 started = time.monotonic()
-                failure = _run(contender.file, seed, settings, folder, key, stop)
+                failure = _run(contender.files, seed, settings, folder, key, stop)
                 result = _stored(folder, key) if failure is None else None
                 said = f"{time.monotonic() - started:.0f} s"
                 if result is None:
@@ -264,14 +276,15 @@ def _stored(folder: Path, key: str) -> dict[str, Any] | None:
     return result if isinstance(result, dict) and result.get("key") == key else None
 
 
-def _run(file: Path, seed: int, settings: list[str], folder: Path, key: str, stop: _Stop) -> str | None:
+def _run(files: Sequence[Path], seed: int, settings: list[str], folder: Path, key: str, stop: _Stop) -> str | None:
     """Fits and tests in a process of its own, where the user stands; returns why it failed."""
     folder.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(folder / "logs", ignore_errors=True)
     for name in ("result.json", "training.json"):
         (folder / name).unlink(missing_ok=True)
     ours = [sys.executable, "-m", "lightning_gr", "compare", ONE_RUN, str(folder.resolve()), key]
-    theirs = ["fit", "--config", str(file), *settings, "--seed_everything", str(seed)]
+    configs = [word for file in files for word in ("--config", str(file))]
+    theirs = ["fit", *configs, *settings, "--seed_everything", str(seed)]
     log = folder / "log.txt"
     with log.open("w", encoding="utf-8") as stream:
         with stop.held():  # a process that was started is known before anything interrupts
@@ -457,7 +470,8 @@ def _show(contenders: list[_Contender], seeds: list[int], metrics: list[str]) ->
 def _numbers(contenders: list[_Contender], seeds: list[int], metrics: list[str], settings: list[str]) -> dict[str, Any]:
     base, rows = contenders[0], []
     for contender in contenders:
-        row: dict[str, Any] = {"recipe": contender.name, "file": str(contender.file)}
+        first, *overlays = map(str, contender.files)
+        row: dict[str, Any] = {"recipe": contender.name, "file": first, "overlays": overlays}
         row["failed"] = {str(seed): why for seed, why in contender.failures.items()}
         row["runs"] = {str(seed): result for seed, result in contender.results.items()}
         if contender.results:

@@ -57,8 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     checkpoint = next(x for x in recipe["trainer"]["callbacks"] if x["class_path"].endswith("ResumeCheckpoint"))
     checkpoint["init_args"]["dirpath"] = "shared"  # all runs would write into it
     (folder / "two.yaml").write_text(yaml.safe_dump(recipe))
-    recipe["model"]["init_args"]["temperature"] = -1.0
-    (folder / "broken.yaml").write_text(yaml.safe_dump(recipe))
+    (folder / "broken.yaml").write_text("model: {init_args: {temperature: -1.0}}")
     (folder / "said.txt").write_text(run(folder, *COMPARE))
     return folder
 
@@ -127,18 +126,18 @@ def test_a_second_time_nothing_is_run(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_a_failing_recipe_is_left_out(folder: Path) -> None:
-    words = ["one.yaml", "broken.yaml", "--seeds=1,", "--json=failed.json", "--", *SETTINGS]
+    words = ["one.yaml", "one.yaml+broken.yaml", "--seeds=1,", "--json=failed.json", "--", *SETTINGS]
     said = run(folder, "compare", *words, code=2)
-    log = Path("outputs/compare/broken/seed-1/log.txt")
-    assert "[2/2] broken, seed 1: failed after" in said
+    log = Path("outputs/compare/one+broken/seed-1/log.txt")
+    assert "[2/2] one+broken, seed 1: failed after" in said
     assert "temperature=-1.0: expected a number above 0" in said
     assert said.splitlines()[-1] == (
         f"lightning-gr: error: compare: 1 of 2 runs failed; read {log}; the others are not run again"
     )
     assert "temperature=-1.0" in (folder / log).read_text()
-    assert "broken is left out" in said
+    assert "one+broken is left out" in said
     assert "1 of 1" in said
-    row = rows(read(folder / "failed.json"))["broken"]
+    row = rows(read(folder / "failed.json"))["one+broken"]
     assert "temperature=-1.0" in row["failed"]["1"]
     assert row["runs"] == {}
 
@@ -232,7 +231,12 @@ def test_seeds_and_names(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("seed_everything: 1\n")
     given = [*(str(tmp_path / name) for name in ("a/x.yaml", "b/x.yaml", "y.yaml")), "hstu/tiny"]
-    assert [x.name for x in compare._contenders(given)] == ["a/x", "b/x", "y", "hstu/tiny"]
+    given.append(f"{given[0]}+{given[2]}")
+    found = compare._contenders(given)
+    assert [x.name for x in found] == ["a/x", "b/x", "y", "hstu/tiny", "a/x+y"]
+    assert found[-1].files == ((tmp_path / "a/x.yaml").resolve(), (tmp_path / "y.yaml").resolve())
+    (tmp_path / "c+d.yaml").write_text("seed_everything: 1\n")
+    assert [x.name for x in compare._contenders([str(tmp_path / "c+d.yaml")])] == ["c+d"]
     with pytest.raises(UserError, match="is there twice"):
         compare._contenders(["hstu/tiny", "hstu/tiny.yaml"])
 
