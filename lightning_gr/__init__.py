@@ -9,12 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_gr.batch import Labels, SequenceBatch, TokenKind
+    from lightning_gr.feature_config import FeatureConfig
 
 __version__ = "0.1.0"
 
-__all__ = ["Labels", "SequenceBatch", "TokenKind", "__version__"]
+__all__ = ["FeatureConfig", "Labels", "SequenceBatch", "TokenKind", "__version__"]
 
-_HOMES = {"Labels": "lightning_gr.batch", "SequenceBatch": "lightning_gr.batch", "TokenKind": "lightning_gr.batch"}
+_HOMES = {
+    "FeatureConfig": "lightning_gr.feature_config",
+    "Labels": "lightning_gr.batch",
+    "SequenceBatch": "lightning_gr.batch",
+    "TokenKind": "lightning_gr.batch",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,11 +1,11 @@
 """RankingTokens: contextual, history and candidate tokens out of looked-up features.
 
 MTGR (arXiv 2505.18654), section 3.2: each user scalar is a token; each event of the history and each candidate is a
-token made by an MLP over its concatenated features. The paper has separate MLPs for static and real-time history; here
-they share one, and candidates have their own.
+token made by an MLP over its concatenated features. Candidates have an MLP of their own; static and real-time history
+share one, or have one each as in the paper.
 
-Shape suffixes: B sequences, T tokens of all sequences together, X event tokens (T without the contextual ones), E width
-of an embedding, D model width, W columns of numeric features.
+Shape suffixes: B sequences, T tokens of all sequences together, R tokens of one kind, V looked-up values of a feature,
+E width of an embedding, D model width, W columns of numeric features.
 """
 
 from __future__ import annotations
@@ -17,86 +17,179 @@ from torch import Tensor, nn
 from typing_extensions import override
 
 from lightning_gr.batch import SequenceBatch, TokenKind
+from lightning_gr.layers.dense_normalisation import DenseNormalisation
 from lightning_gr.layers.multi_task import linear_flops
 from lightning_gr.ops.jagged import JaggedLayout
 from lightning_gr.ops.jagged_concat import jagged_concat, jagged_split
 from lightning_gr.ranking_features import RankingFeatures
+
+EVENT_KINDS = (TokenKind.STATIC, TokenKind.REALTIME, TokenKind.CANDIDATE)
+HISTORY_KINDS = (TokenKind.STATIC, TokenKind.REALTIME)
 
 
 class RankingTokens(nn.Module):
     """Makes tokens of one width.
 
     Args:
-        features: what batches hold.
-        embedding_dim: width of the looked-up embeddings.
+        features: what batches hold; statistics of dense features become buffers.
+        embedding_dim: width of the looked-up embeddings, where features say none.
         dim: width of the tokens.
+        separate_histories: whether static and real-time history have an MLP each.
     """
 
-    def __init__(self, *, features: RankingFeatures, embedding_dim: int, dim: int) -> None:
+    def __init__(
+        self, *, features: RankingFeatures, embedding_dim: int, dim: int, separate_histories: bool = False
+    ) -> None:
         super().__init__()
         self.features, self.dim = features, dim
-        common = len(features.tokens) * embedding_dim + features.width
 
         def mlp(width: int) -> nn.Module:
             return nn.Sequential(nn.Linear(width, dim), nn.SiLU(), nn.Linear(dim, dim))
 
-        self.contextual = nn.ModuleDict({name: nn.Linear(embedding_dim, dim) for name in features.contextual})
+        def widths(names: Mapping[str, int]) -> int:
+            return sum(features.dim_of(name, embedding_dim) for name in names)
+
+        common = widths(features.tokens) + features.width
+        history = common + widths(features.history_tokens) + features.history_width
+        self.contextual = nn.ModuleDict(
+            {_module_name(name): nn.Linear(features.dim_of(name, embedding_dim), dim) for name in features.contextual}
+        )
         self.contextual_numbers = nn.Linear(features.contextual_width, dim) if features.contextual_width else None
-        self.history = mlp(common + features.history_width)
-        self.candidate = mlp(common + features.candidate_width)
+        self.history = mlp(history)
+        self.candidate = mlp(common + widths(features.candidate_tokens) + features.candidate_width)
+        self.realtime = mlp(history) if separate_histories else None
+        self.normalisation = nn.ModuleDict(
+            {
+                name: DenseNormalisation(
+                    means=[x.mean for x in columns], stds=[x.std for x in columns], logs=[x.log for x in columns]
+                )
+                for name, columns in features.normalisation.items()
+            }
+        )
+
+    def layer(self, kind: TokenKind) -> nn.Module:
+        """The MLP that makes tokens of a kind of event."""
+        if kind == TokenKind.CANDIDATE:
+            return self.candidate
+        return self.realtime if kind == TokenKind.REALTIME and self.realtime is not None else self.history
 
     @override
-    def forward(self, embedded: Mapping[str, Tensor], batch: SequenceBatch) -> Tensor:
+    def forward(
+        self, embedded: Mapping[str, Tensor], batch: SequenceBatch, *, rows_at_once: int | None = None
+    ) -> Tensor:
         """Tokens (T, D) in the batch's order.
 
         Args:
             embedded: by sparse feature, an embedding for each value of it in the batch.
             batch: the batch.
+            rows_at_once: most tokens of events that are made at a time; None makes all of a kind at once.
         """
-        layouts = [
-            JaggedLayout.from_lengths(batch.token_counts_B4[:, kind].contiguous(), batch.device) for kind in TokenKind
-        ]
-        parts = [[x] for x in jagged_split(batch.dense["numbers"], layouts)]
-        for name, kinds in (("actions", (TokenKind.STATIC, TokenKind.REALTIME)), ("cross", (TokenKind.CANDIDATE,))):
-            if name in batch.dense:
-                of_kinds = jagged_split(batch.dense[name], layouts)
-                for kind in kinds:
-                    parts[kind].append(of_kinds[kind])
-        event_XE = torch.cat([embedded[name] for name in self.features.tokens], 1)
-        tokens = [event_XE.new_zeros(0, self.dim)]
+        if rows_at_once is not None:
+            return self._by_rows(embedded, batch, rows_at_once)
+        layouts = _layouts(batch)
+        columns = self._columns(embedded, batch, layouts)
+        tokens = [self.layer(kind)(torch.cat(parts, 1)) for kind, parts in columns.items()]
+        contextual = tokens[-1].new_zeros(0, self.dim)
         if self.features.num_contextual:
-            tokens = [self._contextual(embedded, batch).flatten(0, 1)]
-        for kind, of_kind in zip(list(TokenKind)[1:], jagged_split(event_XE, layouts[1:]), strict=True):
-            layer = self.candidate if kind == TokenKind.CANDIDATE else self.history
-            tokens.append(layer(torch.cat([of_kind, *(x.to(of_kind.dtype) for x in parts[kind])], 1)))
+            contextual = self._contextual(embedded, batch).flatten(0, 1).to(tokens[-1].dtype)
         # Autocast gives linear layers and sums dtypes of their own.
-        joined_TD, _ = jagged_concat([x.to(tokens[-1].dtype) for x in tokens], layouts)
+        joined_TD, _ = jagged_concat([contextual, *tokens], layouts)
         return joined_TD
+
+    def _by_rows(self, embedded: Mapping[str, Tensor], batch: SequenceBatch, rows_at_once: int) -> Tensor:
+        """As `forward`; each token is written where it belongs as soon as it is made."""
+        tokens_TD: Tensor | None = None
+        for kind, columns in self._columns(embedded, batch, _layouts(batch)).items():
+            places = token_places(batch, kind).to(batch.device, non_blocking=True)
+            for at, *parts in zip(*(x.split(rows_at_once) for x in (places, *columns)), strict=True):
+                made = self.layer(kind)(torch.cat(parts, 1))
+                tokens_TD = made.new_empty(batch.num_tokens, self.dim) if tokens_TD is None else tokens_TD
+                tokens_TD[at] = made
+        assert tokens_TD is not None
+        if self.features.num_contextual:
+            places = token_places(batch, TokenKind.CONTEXTUAL).to(batch.device, non_blocking=True)
+            tokens_TD[places] = self._contextual(embedded, batch).flatten(0, 1).to(tokens_TD.dtype)
+        return tokens_TD
+
+    def _columns(
+        self, embedded: Mapping[str, Tensor], batch: SequenceBatch, layouts: Sequence[JaggedLayout]
+    ) -> dict[TokenKind, list[Tensor]]:
+        """By kind of event, the columns of its MLP's input, each (R, some)."""
+        features = self.features
+        columns: dict[TokenKind, list[Tensor]] = {kind: [] for kind in EVENT_KINDS}
+        groups = ((features.tokens, EVENT_KINDS), (features.history_tokens, HISTORY_KINDS))
+        for names, kinds in (*groups, (features.candidate_tokens, (TokenKind.CANDIDATE,))):
+            whole = [embedded[name] for name in names if f"{name}.count" not in batch.dense]
+            if whole:
+                of_kinds = jagged_split(torch.cat(whole, 1), [layouts[kind] for kind in kinds])
+                for kind, x_RE in zip(kinds, of_kinds, strict=True):
+                    columns[kind].append(x_RE)
+            for name in names:
+                if f"{name}.count" in batch.dense:
+                    pooled = _pooled(
+                        embedded[name], batch.dense[f"{name}.count"].long(), mean=features.pooling[name] == "mean"
+                    )
+                    of_all = jagged_split(pooled, layouts)
+                    for kind in kinds:
+                        columns[kind].append(of_all[kind])
+        dtype = columns[TokenKind.CANDIDATE][0].dtype
+        for name, kinds in (
+            ("numbers", EVENT_KINDS),
+            ("actions", HISTORY_KINDS),
+            ("cross", (TokenKind.CANDIDATE,)),
+        ):
+            if name in batch.dense:
+                of_all = jagged_split(self._normalised(name, batch), layouts)
+                for kind in kinds:
+                    columns[kind].append(of_all[kind].to(dtype))
+        return columns
+
+    def _normalised(self, name: str, batch: SequenceBatch) -> Tensor:
+        """Numeric columns of a batch, normalised where they are to be."""
+        numbers = batch.dense[name]
+        return self.normalisation[name](numbers) if name in self.normalisation else numbers
 
     def _contextual(self, embedded: Mapping[str, Tensor], batch: SequenceBatch) -> Tensor:
         """(sequences that are not padding, contextual tokens, D)."""
         real_B = batch.token_counts_B4[:, TokenKind.CONTEXTUAL] > 0
         parts = []
-        for name, layer in self.contextual.items():
-            lengths_B = batch.features[name].lengths()
-            pooled_BE = embedded[name].new_zeros(batch.num_sequences, embedded[name].shape[1])
-            sequence = torch.repeat_interleave(lengths_B, output_size=embedded[name].shape[0])
-            pooled_BE = pooled_BE.index_add(0, sequence, embedded[name]) / lengths_B.clamp(min=1)[:, None]
-            parts.append(layer(pooled_BE))
+        for name in self.features.contextual:
+            layer = self.contextual[_module_name(name)]
+            mean = self.features.pooling.get(name, "mean") == "mean"
+            parts.append(layer(_pooled(embedded[name], batch.features[name].lengths(), mean=mean)))
         if self.contextual_numbers is not None:
-            parts.append(self.contextual_numbers(batch.dense["contextual"].to(parts[0].dtype)))
+            numbers = self._normalised("contextual", batch)
+            parts.append(self.contextual_numbers(numbers.to(self.contextual_numbers.weight.dtype)))
         return torch.stack(parts, 1)[real_B.to(parts[0].device)]
 
     def flops(self, counts_4: Sequence[int]) -> int:
         """Forward floating-point operations of the tokens of each kind; of contextual ones, for whole sequences."""
-        contextual, static, realtime, candidates = counts_4
-        made = linear_flops(self.history, static + realtime) + linear_flops(self.candidate, candidates)
+        contextual = counts_4[TokenKind.CONTEXTUAL]
+        made = sum(linear_flops(self.layer(kind), counts_4[kind]) for kind in EVENT_KINDS)
         if self.features.num_contextual:
             num_sequences = contextual // self.features.num_contextual
             made += linear_flops(self.contextual, num_sequences)
             if self.contextual_numbers is not None:
                 made += linear_flops(self.contextual_numbers, num_sequences)
         return made
+
+
+def _layouts(batch: SequenceBatch) -> list[JaggedLayout]:
+    """Of the tokens of each kind."""
+    return [JaggedLayout.from_lengths(batch.token_counts_B4[:, kind].contiguous(), batch.device) for kind in TokenKind]
+
+
+def _pooled(values_VE: Tensor, counts: Tensor, *, mean: bool) -> Tensor:
+    """The sum or mean (rows, E) of so many values a row; 0 for none."""
+    of_row = torch.repeat_interleave(counts, output_size=values_VE.shape[0])
+    pooled = values_VE.new_zeros(counts.shape[0], values_VE.shape[1]).index_add(0, of_row, values_VE)
+    return pooled / counts.clamp(min=1)[:, None] if mean else pooled
+
+
+def _module_name(feature: str) -> str:
+    """A feature's name as a child of a `ModuleDict`, which takes no dots and no names of its own attributes."""
+    name = feature.replace(".", ":")
+    return f"{name}:" if hasattr(nn.ModuleDict(), name) else name
 
 
 def token_places(batch: SequenceBatch, kind: TokenKind) -> Tensor:
