@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import shutil
+from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -41,7 +43,15 @@ def words(line: str) -> list[str]:
 
 
 def test_the_guide_has_the_commands_that_are_tried_here() -> None:
-    assert [line.split()[1] for line in COMMANDS] == ["prepare", "fit", "prepare", "prepare", "store", "store"]
+    assert [line.split()[1] for line in COMMANDS] == [
+        "prepare",
+        "fit",
+        "prepare",
+        "prepare",
+        "store",
+        "store",
+        "prepare",
+    ]
 
 
 def test_from_a_csv_to_a_running_fit(folder: Path) -> None:
@@ -86,3 +96,43 @@ def test_its_settings_of_fit_are_settings(folder: Path) -> None:
         )
         for name in re.findall(r"class_path: ([\w.]+)", block):
             assert name in said
+
+
+def test_an_exposure_log_with_history_becomes_samples(folder: Path) -> None:
+    from lightning_gr.data import RankingDataModule
+
+    log = pl.read_csv(folder / "events.csv")
+    shown = log.with_columns(order=pl.col("click") * (pl.col("item_id") % 2), affinity=pl.lit(0.5))
+    shown.write_csv(folder / "exposures.csv")
+    log.select("user_id", "item_id", timestamp=pl.col("timestamp") - 5).write_csv(folder / "history.csv")
+    assert "of them history" in run(words(COMMANDS[-1]), folder)
+    settings = next(x for x in re.findall(r"^```yaml\n(.*?)^```", TEXT, re.M | re.S) if "aggregation" in x)
+    days = [
+        f"{datetime.fromtimestamp(int(log['timestamp'].quantile(share)), timezone.utc):%Y-%m-%d}"
+        for share in (0.7, 0.85)
+    ]
+    for written, put in (
+        ("path: exposure-store", f"path: {folder / 'exposure-store'}"),
+        ("2024-05-12", days[0]),
+        ("2024-05-13", days[1]),
+        ("predict_part: unlabelled", "predict_part: test"),
+    ):
+        assert written in settings
+        settings = settings.replace(written, put)
+    data = instantiated(RankingDataModule, settings)
+    batches = [*data.train_dataloader(), *data.val_dataloader(), *data.test_dataloader()]
+    candidates = sum(int(batch.token_counts_B4[:, 3].sum()) for batch in batches)
+    assert candidates == len(shown), "every exposure once"
+    for batch in batches:
+        assert batch.labels.keys() == {"ctr", "ctcvr", "cvr"}
+        assert batch.labels["cvr"].num_labels == int(batch.labels["ctr"].values_N.sum())
+    assert sum(int(batch.token_counts_B4[:, 3].sum()) for batch in data.predict_dataloader()) > 0
+
+
+def instantiated(kind: type, settings: str) -> Any:
+    """The object that a guide's YAML under ``data`` declares."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(kind, "data")
+    return parser.instantiate_classes(parser.parse_string(settings)).data

@@ -15,7 +15,7 @@ _POSITIONAL = ("path", "output")
 def main(argv: Sequence[str]) -> int:
     """Runs the command and returns its exit code."""
     from lightning_gr.data.event_store.writer import refuse_to_replace
-    from lightning_gr.data.formats import open_log
+    from lightning_gr.data.formats import open_log, with_history
     from lightning_gr.data.prepare import prepare
 
     arguments = _parse(_named(list(argv)))
@@ -28,6 +28,8 @@ def main(argv: Sequence[str]) -> int:
         log = open_log(arguments["path"], arguments["form"], columns=arguments["columns"], **arguments["options"])
     except TypeError as error:
         raise UserError(f"prepare: options={arguments['options']}: {_unknown_option(error)}") from error
+    if arguments["history"] is not None:
+        log = with_history(log, arguments["history"])
     with _Bar() as progress:
         store = prepare(
             log, output, settings=arguments["settings"], overwrite=arguments["overwrite"], progress=progress
@@ -54,13 +56,20 @@ def _parse(words: list[str]) -> dict[str, Any]:
 
     parser = ArgumentParser(
         prog="lightning-gr prepare",
-        usage="lightning-gr prepare PATH OUTPUT [--form FORM] [--columns.user_id NAME ...] [--config FILE]",
+        usage="lightning-gr prepare PATH OUTPUT [--history PATH] [--form FORM] [--columns.user_id NAME ...] "
+        "[--config FILE]",
         description="Writes an event store from a log. PATH is a file or a publisher's folder, OUTPUT the new folder.",
         exit_on_error=False,
     )
     parser.add_argument("-c", "--config", action=ActionConfigFile, help="a YAML file with the settings below")
     parser.add_argument("--path", type=str | None, default=None, help="the log: a file or a folder")
     parser.add_argument("--output", type=str | None, default=None, help="where the store goes")
+    parser.add_argument(
+        "--history",
+        type=str | None,
+        default=None,
+        help="a second table of user, item and time, whose events are history alone; PATH then holds exposures",
+    )
     parser.add_argument("--form", type=str, default="auto", help=f"auto, or one of {', '.join(FORMS)}")
     parser.add_argument("--overwrite", type=bool, default=False, help="replace a store that is there already")
     parser.add_argument(
@@ -77,6 +86,7 @@ def _parse(words: list[str]) -> dict[str, Any]:
     return {
         "path": found.path,
         "output": found.output,
+        "history": found.history,
         "form": found.form,
         "overwrite": found.overwrite,
         "options": dict(found.options),
@@ -134,11 +144,15 @@ def _show(path: Path, summary: dict[str, Any], num_items: int) -> None:
         table.add_row(what, f"{value:,}" if isinstance(value, int | float) else str(value))
 
     row("rows read", summary["rows_read"])
+    if "history_rows_read" in summary:
+        row("of them history", summary["history_rows_read"])
     if summary["blank_rows"]:
         row("blank rows, left out", summary["blank_rows"])
     for reason, count in summary["dropped"].items():
         row(f"dropped, {reason}", count)
     row("events", summary["events_kept"])
+    if "history_events_kept" in summary:
+        row("of them history", summary["history_events_kept"])
     row("users", summary["users"])
     row("items", num_items)
     row("events a user, mean", summary["mean_length"])

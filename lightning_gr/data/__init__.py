@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_gr.data.aggregation import Aggregation
     from lightning_gr.data.cross_statistics import CrossStatistics
     from lightning_gr.data.datamodule import SequenceDataModule
     from lightning_gr.data.event_log import EventLog, Features
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from lightning_gr.data.interactions import Interactions
     from lightning_gr.data.loader import PlannedLoader
     from lightning_gr.data.plan import ArraySamples, EpochPlan, GlobalBatchPlan, SampleIndex
-    from lightning_gr.data.ranking_columns import Task
     from lightning_gr.data.ranking_datamodule import RankingDataModule
     from lightning_gr.data.ranking_source import RankingSource
     from lightning_gr.data.readers import read_events
@@ -24,8 +24,11 @@ if TYPE_CHECKING:
     from lightning_gr.data.stream_datamodule import StreamDataModule
     from lightning_gr.data.stream_loader import StreamLoader
     from lightning_gr.data.synthetic import SyntheticLog, write_synthetic_log
+    from lightning_gr.data.synthetic_exposures import ExposureLog, write_exposure_log
+    from lightning_gr.data.task import Task
 
 _MODULES = {
+    "Aggregation": "aggregation",
     "ArraySamples": "plan",
     "ByTime": "splits",
     "ByUser": "splits",
@@ -35,6 +38,7 @@ _MODULES = {
     "EventStore": "event_store",
     "EventStream": "stream",
     "EventTable": "event_table",
+    "ExposureLog": "synthetic_exposures",
     "Features": "event_log",
     "Field": "event_store",
     "GlobalBatchPlan": "plan",
@@ -54,14 +58,16 @@ _MODULES = {
     "StreamDataModule": "stream_datamodule",
     "StreamLoader": "stream_loader",
     "SyntheticLog": "synthetic",
-    "Task": "ranking_columns",
+    "Task": "task",
     "UserRows": "event_table",
     "check_store": "event_store",
     "read_events": "readers",
+    "write_exposure_log": "synthetic_exposures",
     "write_synthetic_log": "synthetic",
 }
 
 __all__ = [
+    "Aggregation",
     "ArraySamples",
     "ByTime",
     "ByUser",
@@ -71,6 +77,7 @@ __all__ = [
     "EventStore",
     "EventStream",
     "EventTable",
+    "ExposureLog",
     "Features",
     "Field",
     "GlobalBatchPlan",
@@ -94,6 +101,7 @@ __all__ = [
     "UserRows",
     "check_store",
     "read_events",
+    "write_exposure_log",
     "write_synthetic_log",
 ]
 

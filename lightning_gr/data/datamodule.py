@@ -171,7 +171,7 @@ class SequenceDataModule(pl.LightningDataModule):
         train = name == "train"
         plan = GlobalBatchPlan(
             source,
-            global_tokens=self.global_tokens if train else self.eval_global_tokens,
+            global_tokens=self._budget(source, name),
             # Not torch's own seed, which a user may set differently on each rank.
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed,
             shuffle=train,
@@ -188,6 +188,10 @@ class SequenceDataModule(pl.LightningDataModule):
             num_workers=self.num_workers,
             name=name,
         )
+
+    def _budget(self, source: SequenceSource, name: str) -> int:
+        """Most tokens of a global batch of a loader."""
+        return self.global_tokens if name == "train" else self.eval_global_tokens
 
     @override
     def train_dataloader(self) -> PlannedLoader:

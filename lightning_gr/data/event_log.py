@@ -46,6 +46,8 @@ class EventLog:
         first_row: line number of a file's first event, where it does not; 2 under a header.
         users: features of users.
         items: features of items.
+        history: events that are history alone, in a log of its own without further columns; user, item and time are
+            named as in this one.
     """
 
     form: str
@@ -61,3 +63,9 @@ class EventLog:
     first_row: int = 1
     users: Features | None = None
     items: Features | None = None
+    history: EventLog | None = None
+
+    @property
+    def all_files(self) -> tuple[Path, ...]:
+        """The files of the log and of its history."""
+        return self.files + (self.history.files if self.history is not None else ())

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
+from lightning_gr.data.aggregation import Aggregation
 from lightning_gr.data.cross_statistics import CrossStatistics
 from lightning_gr.data.datamodule import SequenceDataModule
 from lightning_gr.data.event_store import EventStore
-from lightning_gr.data.ranking_columns import Task, item_categories
+from lightning_gr.data.item_columns import item_categories
 from lightning_gr.data.ranking_source import RankingSource
 from lightning_gr.data.raw_ids import raw_key
+from lightning_gr.data.source import SequenceSource
 from lightning_gr.data.splits import LastShare, Part, Split
+from lightning_gr.data.task import Task
+from lightning_gr.data.window_index import AnyPart
+from lightning_gr.feature_config import FeatureConfig
 from lightning_gr.ranking_features import RankingFeatures
 
 Array = np.ndarray[Any, Any]
@@ -30,18 +37,24 @@ class RankingDataModule(SequenceDataModule):
             history are a token.
         eval_global_tokens: the same for validation, test and predict; None means `global_tokens`.
         max_history: history tokens before a block of candidates.
-        block: most candidates of a sample: consecutive events of a user.
+        block: most candidates of a block: consecutive events of a user.
+        aggregation: samples of a user and a window of time instead of blocks, with caps of their own; `predict` then
+            takes all candidates of a user and a time as one sample, a request.
         split: what is held out: `LastShare` (where None), `ByTime` or `LeaveOneOut`.
-        features: fields of the store that batches carry; None takes all but the labels.
+        features: columns of the store that batches carry, by name or as `FeatureConfig`; None takes all but the labels.
+            Without configs numbers are given as they are.
         cross_task: task whose causal counts and means by user, item and category candidates get; None leaves them out.
             They are counted over the whole log in memory; a log that has cross features of its own does without.
         cross_categories: item field by whose categories they are counted too.
         cross_previous: whether they are counted too by the pair of the user's previous item and the candidate.
+        cross_features: whether candidates have features of their own, those of group `candidate` and counted ones;
+            false leaves them out, to see what they are worth.
         user_token: whether the user's id is a contextual token.
         shuffle_window: users that are shuffled together after the row groups are.
         num_workers: background processes that collate.
         seed: seed of the shuffle; None means the run's (`seed_everything`), or 0 where it has none.
-        predict_part: whose candidates `predict` scores.
+        predict_part: whose candidates `predict` scores; `unlabelled` are those that wait for a score, with
+            `aggregation`.
         raw_ids: batches carry raw item and user ids, text as 64-bit hashes, instead of rows; models then need
             `dynamic_tables`.
 
@@ -64,16 +77,18 @@ class RankingDataModule(SequenceDataModule):
         eval_global_tokens: int | None = None,
         max_history: int = 200,
         block: int = 64,
+        aggregation: Aggregation | None = None,
         split: Split | None = None,
-        features: list[str] | None = None,
+        features: list[str | FeatureConfig] | None = None,
         cross_task: str | None = None,
         cross_categories: str | None = None,
         cross_previous: bool = False,
+        cross_features: bool = True,
         user_token: bool = True,
         shuffle_window: int = 1 << 16,
         num_workers: int = 0,
         seed: int | None = None,
-        predict_part: Literal["val", "test"] = "test",
+        predict_part: Literal["val", "test", "unlabelled"] = "test",
         raw_ids: bool = False,
     ) -> None:
         if cross_task is not None and cross_task not in tasks:
@@ -82,6 +97,19 @@ class RankingDataModule(SequenceDataModule):
             raise ValueError(f"cross_categories={cross_categories}: counted only with cross_task; give it too")
         if cross_previous and cross_task is None:
             raise ValueError(f"cross_previous={cross_previous}: counted only with cross_task; give it too")
+        if predict_part == "unlabelled" and aggregation is None:
+            raise ValueError("predict_part=unlabelled: scored by request; give aggregation too")
+        if aggregation is not None and (max_history, block) != (200, 64):
+            rank_zero_warn(
+                f"max_history={max_history}, block={block}: of no account with aggregation; set its "
+                "max_static, max_realtime and max_candidates"
+            )
+        of_candidates = any(isinstance(x, FeatureConfig) and x.group == "candidate" for x in features or ())
+        if not cross_features and cross_task is None and not of_candidates:
+            rank_zero_warn(
+                "cross_features=False: there are none to be left out, neither features of group candidate nor counted "
+                "ones of cross_task"
+            )
         super().__init__(
             path=path,
             global_tokens=global_tokens,
@@ -92,10 +120,10 @@ class RankingDataModule(SequenceDataModule):
             seed=seed,
             raw_ids=raw_ids,
         )
-        self.tasks, self.max_history, self.block = tasks, max_history, block
+        self.tasks, self.max_history, self.block, self.aggregation = tasks, max_history, block, aggregation
         self.chosen_features, self.cross_task, self.cross_categories = features, cross_task, cross_categories
-        self.cross_previous, self.user_token = cross_previous, user_token
-        self.predict_part: Part = predict_part
+        self.cross_previous, self.user_token, self.cross_features = cross_previous, user_token, cross_features
+        self.predict_part: AnyPart = predict_part
 
     @cached_property
     def _cross(self) -> CrossStatistics | None:
@@ -103,9 +131,9 @@ class RankingDataModule(SequenceDataModule):
             return None
         store, task = self._store(), self.tasks[self.cross_task]
         groups = range(len(store.group_bounds) - 1)
-        values = np.concatenate([store.read_group(group, [task.field]).event_fields[task.field] for group in groups])
+        labels = np.concatenate([task.of(store.read_group(group, task.fields).event_fields) for group in groups])
         categories = None if self.cross_categories is None else item_categories(store, self.cross_categories)
-        return CrossStatistics(store, task.labels(values), categories=categories, previous=self.cross_previous)
+        return CrossStatistics(store, labels, categories=categories, previous=self.cross_previous)
 
     def _store(self) -> EventStore:
         if not isinstance(self.table, EventStore):
@@ -124,12 +152,42 @@ class RankingDataModule(SequenceDataModule):
             tasks=self.tasks,
             max_history=self.max_history,
             block=self.block,
+            aggregation=self.aggregation,
+            requests=self.aggregation is not None and part == "all",
             features=self.chosen_features,
-            cross=self._cross,
+            cross=self._cross if self.cross_features else None,
+            cross_features=self.cross_features,
             user_token=self.user_token,
             item_keys=self.item_keys,
             user_keys=self.user_keys,
         )
+
+    @override
+    def prepare_data(self) -> None:
+        super().prepare_data()
+        if self.aggregation is None:
+            return
+        predicts = self.trainer is not None and self.trainer.state.fn == "predict"
+        # One process finds the samples for all. What is wrong with the store each says itself, when it makes a loader:
+        # were one to stop here, the others would wait for it.
+        with contextlib.suppress(ValueError):
+            self._source("all" if predicts else "train").prepare()
+
+    @override
+    def _budget(self, source: SequenceSource, name: str) -> int:
+        budget = super()._budget(source, name)
+        if name != "predict" or self.aggregation is None:
+            return budget
+        longest = 0
+        for first in range(0, source.num_rows, 1 << 20):
+            _, tokens = source.samples(first, min(first + (1 << 20), source.num_rows))
+            longest = max(longest, int(tokens.max(initial=0)))
+        if budget < 2 * longest:
+            rank_zero_warn(
+                f"eval_global_tokens={budget}: the largest request has {longest} tokens, so predict's batches have up "
+                f"to {2 * longest}; micro_batch of the model bounds what is in memory at a time"
+            )
+        return max(budget, 2 * longest)
 
     @cached_property
     def user_keys(self) -> Array | None:

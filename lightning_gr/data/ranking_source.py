@@ -3,47 +3,56 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from typing_extensions import override
 
 from lightning_gr.batch import SequenceBatch
+from lightning_gr.data.aggregation import Aggregation
 from lightning_gr.data.cross_statistics import CrossStatistics
+from lightning_gr.data.event_checks import missing_labels
 from lightning_gr.data.event_store import EventStore
-from lightning_gr.data.ranking_columns import RankingColumns, Task
+from lightning_gr.data.ranking_columns import RankingColumns
 from lightning_gr.data.row_windows import RowWindows
-from lightning_gr.data.sample_cuts import BlockCuts, SampleCuts, event_starts
+from lightning_gr.data.sample_cuts import BlockCuts, SampleCuts
 from lightning_gr.data.source import SequenceSource
-from lightning_gr.data.splits import Part, Split
+from lightning_gr.data.splits import Split
+from lightning_gr.data.task import Task
+from lightning_gr.data.window_cuts import WindowCuts
+from lightning_gr.data.window_index import AnyPart
+from lightning_gr.feature_config import FeatureConfig
+from lightning_gr.ranking_features import RankingFeatures
 
 Array = np.ndarray[Any, Any]
 
 
 class RankingSource(SequenceSource):
-    """Blocks of consecutive events of a user as candidates, with the events before them as history.
+    """Some events of a user as candidates, with what happened before them as history.
 
-    Each event of a part is a candidate exactly once. A candidate may be shown with events of its own block: those of an
-    earlier time are real-time history; what happened before the block's first candidate is static history. So a block
-    costs one pass over its history (user-level compression, MTGR arXiv 2505.18654, section 3.2), and what a candidate
-    may see is a matter of the mask, by time. Tokens: the contextual ones, static and real-time history, candidates.
+    An event is a candidate at most once. A sample has several, so that they cost one pass over its history (user-level
+    compression, MTGR arXiv 2505.18654, section 3.2), and what a candidate may see is a matter of the mask, by time.
+    Samples are blocks of consecutive events, see `BlockCuts`, or with `aggregation` the exposures of a window of
+    time, see `WindowCuts`. Tokens: the contextual ones, static and real-time history, candidates.
 
     Args:
         store: the store.
-        part: `train`, `val` or `test`.
+        part: `train`, `val` or `test`; with `requests` also `unlabelled`.
         split: what is trained on and what is held out.
         tasks: by name, what is predicted.
         max_history: history tokens before a block.
-        block: most candidates of a sample.
-        features: fields of events, users and items for the batch; None takes all of the store but the labels.
+        block: most candidates of a block.
+        aggregation: windows instead of blocks, for which `max_history` and `block` are of no account.
+        requests: with `aggregation`, whether a sample is all candidates of a user and a time.
+        features: fields of events, users and items for the batch, by name or config; None takes all of the store but
+            the labels.
         cross: causal counts and means that candidates get; None leaves them out.
+        cross_features: whether candidates have features of their own: `cross`, and those of group `candidate`.
         user_token: whether the user's id is a contextual token; where users have few events, its embedding learns them
             by heart.
         item_keys: int64 raw key of each item row, which batches carry instead of the row; None carries rows.
         user_keys: the same of users.
-
-    Attributes:
-        ranking_features: what the batches hold.
 
     Raises:
         ValueError: a setting that cannot work, by name.
@@ -53,13 +62,16 @@ class RankingSource(SequenceSource):
         self,
         store: EventStore,
         *,
-        part: Part,
+        part: AnyPart,
         split: Split,
         tasks: Mapping[str, Task],
         max_history: int = 200,
         block: int = 64,
-        features: Sequence[str] | None = None,
+        aggregation: Aggregation | None = None,
+        requests: bool = False,
+        features: Sequence[str | FeatureConfig] | None = None,
         cross: CrossStatistics | None = None,
+        cross_features: bool = True,
         user_token: bool = True,
         item_keys: Array | None = None,
         user_keys: Array | None = None,
@@ -69,23 +81,26 @@ class RankingSource(SequenceSource):
             tasks=tasks,
             features=features,
             cross=cross,
+            cross_features=cross_features,
             user_token=user_token,
             item_keys=item_keys,
             user_keys=user_keys,
         )
-        self._cuts: SampleCuts = BlockCuts(
-            store,
-            part=part,
-            split=split,
-            max_history=max_history,
-            block=block,
-            missing=_missing_labels(store, tasks),
-        )
+        self._cuts: SampleCuts
+        if aggregation is not None:
+            self._cuts = WindowCuts(
+                store, part=part, split=split, tasks=tasks, aggregation=aggregation, requests=requests
+            )
+        elif requests or part == "unlabelled":
+            raise ValueError(f"part={part}, requests={requests}: candidates of a request need aggregation; set it")
+        else:
+            missing = missing_labels(store, tasks)
+            self._cuts = BlockCuts(store, part=part, split=split, max_history=max_history, block=block, missing=missing)
         self._rows = RowWindows(store, tuple(dict.fromkeys([*self._columns.names, *self._cuts.columns])))
         self.num_rows = len(store.lengths)
         self.group_bounds = store.group_bounds
         self.tasks: tuple[str, ...] = tuple(tasks)
-        self.ranking_features = self._columns.features
+        self._store, self._split = store, split
         settings = (
             store.fingerprint,
             part,
@@ -96,16 +111,25 @@ class RankingSource(SequenceSource):
         )
         self.fingerprint = "-".join(str(x) for x in settings) + "-raw" * (item_keys is not None)
 
+    def prepare(self) -> None:
+        """Does what one process may do for all, as finding samples; without it, each process does it when it must."""
+        self._cuts.prepare()
+
+    @cached_property
+    def ranking_features(self) -> RankingFeatures:
+        """What the batches hold; counting means and deviations of dense features is a pass over the training part."""
+        return self._columns.normalised(self._store, self._split)
+
     # ---- what a plan asks --------------------------------------------------------------------------------------
 
     @override
     def samples(self, first_row: int, last_row: int) -> tuple[Array, Array]:
         ids, counts = self._cuts.samples(first_row, last_row)
-        return ids, self.ranking_features.num_contextual + counts
+        return ids, self._columns.features.num_contextual + counts
 
     @override
     def token_counts(self, sample_ids: Array) -> Array:
-        counts: Array = self.ranking_features.num_contextual + self._cuts.event_counts(sample_ids)
+        counts: Array = self._columns.features.num_contextual + self._cuts.event_counts(sample_ids)
         return counts
 
     @override
@@ -136,16 +160,3 @@ class RankingSource(SequenceSource):
             denominators=denominators,
             gradient_divisor=gradient_divisor,
         )
-
-
-def _missing_labels(store: EventStore, tasks: Mapping[str, Task]) -> dict[str, Array]:
-    """By task, the events without a label, as places among all events; read only where the index has such."""
-    missing, num_events = {}, int(event_starts(store)[-1])
-    for name, task in tasks.items():
-        missing[name] = np.zeros(0, dtype=np.int64)
-        if int(store.label_counts(task.field).sum(dtype=np.int64)) == num_events:
-            continue
-        groups = range(len(store.group_bounds) - 1)
-        parts = [np.isnan(store.read_group(group, [task.field]).event_fields[task.field]) for group in groups]
-        missing[name] = np.flatnonzero(np.concatenate(parts))
-    return missing

@@ -39,6 +39,10 @@ class SampleCuts(Protocol):
     columns: tuple[str, ...]
     """Fields of events that `events` looks at, beside items and times."""
 
+    def prepare(self) -> None:
+        """Does what one process may do for all, by itself nothing."""
+        return
+
     def samples(self, first_row: int, last_row: int) -> tuple[Array, Array]:
         """Ids of the samples of some users, row after row, and how many event tokens each has."""
 
@@ -142,8 +146,12 @@ def event_starts(store: EventStore) -> Array:
 
 def interleaved(history: Array, num_history: Array, candidates: Array, num_candidates: Array) -> Array:
     """Events of each sample, its history and then its candidates, from where each run begins and how long it is."""
-    starts = np.stack([history, candidates], 1).ravel()
-    counts = np.stack([num_history, num_candidates], 1).ravel()
+    starts, counts = np.stack([history, candidates], 1), np.stack([num_history, num_candidates], 1)
+    return runs(starts.ravel(), counts.ravel())
+
+
+def runs(starts: Array, counts: Array) -> Array:
+    """The numbers of runs that count up from each of `starts`, one run after the other."""
     ends = np.cumsum(counts)
     at: Array = np.arange(int(ends[-1]) if len(ends) else 0) + np.repeat(starts - (ends - counts), counts)
     return at

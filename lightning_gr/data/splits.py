@@ -48,6 +48,13 @@ class LeaveOneOut(Split):
         token = np.where(evaluated, lengths - (2 if part == "test" else 3), -1)
         return token, np.maximum(token, 0)
 
+    def events(self, table: EventTable, part: Part, rows: Array) -> tuple[Array, Array]:
+        """See `part_events`."""
+        lengths = table.lengths[rows].astype(np.int64)
+        held_out = np.where(lengths >= 3, 1, 0)
+        bounds = {"train": (0 * lengths, lengths - 2 * held_out), "val": (lengths - 2 * held_out, lengths - held_out)}
+        return bounds.get(part, (lengths - held_out, lengths))
+
     @override
     def identity(self) -> str:
         return "leave-one-out"
@@ -73,15 +80,17 @@ class LastShare(Split):
 
     @override
     def spans(self, table: EventTable, part: Part, rows: Array) -> tuple[Array, Array]:
-        lengths = table.lengths[rows].astype(np.int64)
-        test_from = lengths - np.floor(lengths * self.test + 1e-9).astype(np.int64)
-        val_from = test_from - np.floor(lengths * self.val + 1e-9).astype(np.int64)
-        begins, ends = {"train": (np.ones_like(lengths), val_from), "val": (val_from, test_from)}.get(
-            part, (test_from, lengths)
-        )
+        begins, ends = self.events(table, part, rows)
         # The event at a place is asked for by the token before it.
         asking = np.maximum(begins, 1) - 1
         return np.where(ends - 2 >= asking, ends - 2, -1), asking
+
+    def events(self, table: EventTable, part: Part, rows: Array) -> tuple[Array, Array]:
+        """See `part_events`."""
+        lengths = table.lengths[rows].astype(np.int64)
+        test_from = lengths - np.floor(lengths * self.test + 1e-9).astype(np.int64)
+        val_from = test_from - np.floor(lengths * self.val + 1e-9).astype(np.int64)
+        return {"train": (0 * lengths, val_from), "val": (val_from, test_from)}.get(part, (test_from, lengths))
 
     @override
     def identity(self) -> str:
@@ -107,6 +116,16 @@ class ByUser(Split):
 
     @override
     def spans(self, table: EventTable, part: Part, rows: Array) -> tuple[Array, Array]:
+        token = np.where(self._drawn(part, rows), table.lengths[rows].astype(np.int64) - 2, -1)
+        return token, np.maximum(token, 0) if part != "train" else np.zeros_like(token)
+
+    def events(self, table: EventTable, part: Part, rows: Array) -> tuple[Array, Array]:
+        """See `part_events`."""
+        ends = np.where(self._drawn(part, rows), table.lengths[rows].astype(np.int64), 0)
+        return 0 * ends if part == "train" else np.maximum(ends - 1, 0), ends
+
+    def _drawn(self, part: Part, rows: Array) -> Array:
+        """Which of some users are of a part."""
         draws = counter_uniform(self.seed, name_key("ByUser"), torch.from_numpy(rows)).numpy()
         bounds = {
             "test": (0.0, self.test),
@@ -114,8 +133,8 @@ class ByUser(Split):
             "train": (self.test + self.val, 1),
         }
         low, high = bounds[part]
-        token = np.where((draws >= low) & (draws < high), table.lengths[rows].astype(np.int64) - 2, -1)
-        return token, np.maximum(token, 0) if part != "train" else np.zeros_like(token)
+        drawn: Array = (draws >= low) & (draws < high)
+        return drawn
 
     @override
     def identity(self) -> str:
@@ -167,9 +186,29 @@ class ByTime(Split):
         asking = np.maximum(begins - 1, 0)
         return np.where(ends > begins, ends - 2, -1), asking
 
+    def events(self, table: EventTable, part: Part, rows: Array) -> tuple[Array, Array]:
+        """See `part_events`."""
+        trained, validated = self._counts(table)[:, rows].astype(np.int64)
+        bounds = {"train": (0 * trained, trained), "val": (trained, validated)}
+        return bounds.get(part, (validated, table.lengths[rows].astype(np.int64)))
+
     @override
     def identity(self) -> str:
         return f"by-time-{self.val_from}-{self.test_from}"
+
+
+def part_events(split: Split, table: EventTable, part: Part, rows: Array) -> tuple[Array, Array]:
+    """First event of a part and the end of its events, as places in the history of each of some users.
+
+    Unlike `Split.spans`, the first event of a user is somebody's: it can be judged with no history. A split without a
+    method ``events`` gives the events that its spans ask for.
+    """
+    if (events := getattr(split, "events", None)) is not None:
+        begin, end = events(table, part, rows)
+        return begin, np.maximum(begin, end)
+    last_token, asking = split.spans(table, part, rows)
+    has = last_token >= asking
+    return np.where(has, asking + 1, 0), np.where(has, last_token + 2, 0)
 
 
 def _seconds(name: str, time: str | int) -> int:

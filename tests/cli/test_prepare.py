@@ -95,3 +95,18 @@ def test_it_answers_without_torch(log: Path, tmp_path: Path) -> None:
         [sys.executable, "-c", script, str(tmp_path / "store")], capture_output=True, text=True, check=True
     )
     assert json.loads(done.stdout.splitlines()[-1]) == [0, False, False]
+
+
+def test_history_of_its_own_is_merged_and_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "shown.csv").write_text("uid,sku,ts,click\na,1,10,1\nb,2,20,0\n")
+    (tmp_path / "past.csv").write_text("ts,uid,sku\n5,a,7\n6,c,1\n8,a,7\n")
+    words = ["prepare", str(tmp_path / "shown.csv"), str(tmp_path / "store"), "--history", str(tmp_path / "past.csv")]
+    assert main([*words, *NAMES, "--columns.labels=[click]"]) == 0
+    text = capsys.readouterr().out
+    store = EventStore(tmp_path / "store")
+    assert (store.num_users, store.num_events) == (3, 5)
+    assert store.summary["history_rows_read"] == 3
+    rows = [line.replace("│", " ").split() for line in text.splitlines()]
+    assert rows.count(["of", "them", "history", "3"]) == 2
+    assert main([*words[:3], "--history", str(tmp_path / "none.csv"), *NAMES, "--overwrite=true"]) == 2
+    assert "none.csv: no such file" in capsys.readouterr().err

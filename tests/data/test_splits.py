@@ -20,11 +20,13 @@ from lightning_gr.data import (
     Field,
     GlobalBatchPlan,
     Interactions,
+    LastShare,
     LeaveOneOut,
     PlannedLoader,
     RetrievalSource,
     StoreWriter,
 )
+from lightning_gr.data.splits import part_events
 
 TIMES = st.lists(st.lists(st.integers(0, 30), max_size=10), min_size=1, max_size=8)
 
@@ -243,3 +245,35 @@ def test_evaluation_reads_in_the_order_of_the_store(store: EventStore) -> None:
     source = RetrievalSource(store, part="test", max_length=6)
     plan = GlobalBatchPlan(source, global_tokens=30, shuffle=False, window_rows=7)
     assert torch.cat([batch.sample_ids_B for batch in PlannedLoader(source, plan)]).tolist() == list(range(40))
+
+
+@settings(deadline=None, max_examples=40)
+@given(TIMES)
+def test_events_of_a_part_are_what_spans_ask_for_and_a_users_first(times: list[list[int]]) -> None:
+    log = make_log(times)
+    rows = np.arange(len(times))
+    splits = [
+        LeaveOneOut(),
+        LastShare(val=0.3, test=0.2),
+        ByUser(val=0.3, test=0.3, seed=4),
+        ByTime(val_from=10, test_from=20),
+    ]
+
+    class Foreign:
+        """Somebody's split, with the two methods that splits had at first."""
+
+        spans, identity = splits[1].spans, splits[1].identity
+
+    for split in [*splits, Foreign()]:
+        seen: list[Counter[int]] = [Counter() for _ in times]
+        for part in ("train", "val", "test"):
+            begin, end = part_events(split, log, part, rows)  # type: ignore[arg-type]
+            last, asking = split.spans(log, part, rows)  # type: ignore[arg-type]
+            for user in range(len(times)):
+                asked = set(range(int(asking[user]) + 1, int(last[user]) + 2)) if last[user] >= asking[user] else set()
+                events = set(range(int(begin[user]), int(end[user])))
+                assert events - {0} == asked
+                seen[user].update(events)
+        assert all(count == 1 for user in seen for count in user.values())
+        if not isinstance(split, ByUser | Foreign):
+            assert [len(user) for user in seen] == [len(user) for user in times]

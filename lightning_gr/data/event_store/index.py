@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from lightning_gr.data.event_store.fields import (
     TIME,
     USER,
     VOCABULARY,
+    WINDOWS,
     Field,
     fits,
 )
@@ -199,6 +201,9 @@ def _write_index(
     path: Path, lengths: list[Array], groups: list[tuple[int, int, int]], counts: dict[str, list[Array]]
 ) -> None:
     (path / INDEX).mkdir(exist_ok=True)
+    # Samples that were cut from what lay here before.
+    for stale in (path / INDEX).glob(f"{WINDOWS}*"):
+        shutil.rmtree(stale)
     arrays = {"lengths": np.concatenate(lengths) if lengths else np.zeros(0, dtype=np.int32)}
     arrays["row_groups"] = np.array(groups, dtype=np.int64).reshape(-1, 3)
     for task, parts in counts.items():

@@ -160,6 +160,12 @@ class EventStore:
             user_fields={name: jagged(table.column(name)) for name in columns if wanted[name].per == "user"},
         )
 
+    def located(self, row: int) -> tuple[Path, int]:
+        """The Parquet file that holds a user, and the row within it, counted from 0."""
+        part = int(self._groups[int(np.searchsorted(self._groups[:, 2], row, side="right")) - 1, 0])
+        first = int(self._groups[self._groups[:, 0] == part, 2][0])
+        return self.parts[part], row - first
+
     @cached_property
     def item_ids(self) -> Array:
         """Raw item id of each item row."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_gr.data.event_log import EventLog
 from lightning_gr.data.formats import amazon, kuairand, movielens, recbole, s3rec, table
+from lightning_gr.data.formats.history import with_history
 from lightning_gr.data.formats.table import Columns
 from lightning_gr.data.formats.text import first_line
 
@@ -26,7 +27,7 @@ _RECOGNISED = (kuairand, movielens, recbole, amazon, s3rec, table)
 """In this order: the general table comes last."""
 _TABLES = ("csv", "parquet", "jsonl")
 
-__all__ = ["FORMS", "Columns", "open_log"]
+__all__ = ["FORMS", "Columns", "open_log", "with_history"]
 
 
 def open_log(path: str | Path, form: str = "auto", *, columns: Columns | None = None, **options: Any) -> EventLog:

@@ -6,13 +6,14 @@ import csv
 import difflib
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lightning_gr.data.event_log import EventLog
+from lightning_gr.data.formats.feature_file import open_features
 from lightning_gr.data.formats.text import first_line, first_lines, opened, scan_json
 
 if TYPE_CHECKING:
@@ -67,13 +68,22 @@ def recognise(path: Path) -> str | None:
     return "csv" if line.isprintable() and any(separator in line for separator in _SEPARATORS) or "\t" in line else None
 
 
-def open_csv(path: Path, *, columns: Columns, separator: str | None = None) -> EventLog:
+def open_csv(
+    path: Path,
+    *,
+    columns: Columns,
+    separator: str | None = None,
+    users: Mapping[str, Any] | None = None,
+    items: Mapping[str, Any] | None = None,
+) -> EventLog:
     """CSV with a header; also with tabs, semicolons or bars, and compressed by gzip or zstd.
 
     Args:
         path: a file, a folder of files with one header, or a pattern as ``log/2024-*.csv``.
         columns: what the columns mean.
         separator: between fields; None takes the one that the first line has most of.
+        users: features of users in a file beside the log: `path`, `sparse` and `dense`; see `open_features`.
+        items: the same of items.
     """
     if separator is not None and len(separator.encode()) != 1:
         raise ValueError(f"separator={separator!r}: expected one character of ASCII")
@@ -94,15 +104,23 @@ def open_csv(path: Path, *, columns: Columns, separator: str | None = None) -> E
             raise ValueError(f"{file}: has two columns {twice[0]}; rename one")
         return header
 
-    return _log("csv", files, scan, columns, names, first_row=2)
+    return _with_features(_log("csv", files, scan, columns, names, first_row=2), users, items)
 
 
-def open_parquet(path: Path, *, columns: Columns) -> EventLog:
+def open_parquet(
+    path: Path,
+    *,
+    columns: Columns,
+    users: Mapping[str, Any] | None = None,
+    items: Mapping[str, Any] | None = None,
+) -> EventLog:
     """Parquet with one row an event.
 
     Args:
         path: a file, a folder of files, or a pattern as ``log/day=*/*.parquet``.
         columns: what the columns mean.
+        users: features of users in a file beside the log: `path`, `sparse` and `dense`; see `open_features`.
+        items: the same of items.
     """
     import polars as pl
 
@@ -112,15 +130,24 @@ def open_parquet(path: Path, *, columns: Columns) -> EventLog:
         except (pl.exceptions.PolarsError, OSError) as error:
             raise ValueError(f"{file}: no Parquet file that can be read ({str(error).splitlines()[0]})") from error
 
-    return _log("parquet", _files(path, "parquet"), pl.scan_parquet, columns, names, first_row=1)
+    log = _log("parquet", _files(path, "parquet"), pl.scan_parquet, columns, names, first_row=1)
+    return _with_features(log, users, items)
 
 
-def open_jsonl(path: Path, *, columns: Columns) -> EventLog:
+def open_jsonl(
+    path: Path,
+    *,
+    columns: Columns,
+    users: Mapping[str, Any] | None = None,
+    items: Mapping[str, Any] | None = None,
+) -> EventLog:
     """JSON lines, one object an event; also compressed by gzip or zstd.
 
     Args:
         path: a file, a folder of files, or a pattern as ``log/*.jsonl.gz``.
         columns: what the keys mean.
+        users: features of users in a file beside the log: `path`, `sparse` and `dense`; see `open_features`.
+        items: the same of items.
     """
     import polars as pl
 
@@ -143,7 +170,13 @@ def open_jsonl(path: Path, *, columns: Columns) -> EventLog:
         return frame.with_columns(truths)
 
     log = _log("jsonl", _files(path, "jsonl"), scan, columns, names, first_row=None)
-    return log
+    return _with_features(log, users, items)
+
+
+def _with_features(log: EventLog, users: Mapping[str, Any] | None, items: Mapping[str, Any] | None) -> EventLog:
+    return replace(
+        log, users=open_features("users", users, log.user_id), items=open_features("items", items, log.item_id)
+    )
 
 
 def _of_kind(folder: Path, kind: str) -> list[Path]:

@@ -14,8 +14,8 @@ _LARGEST = {"s": 10**11, "ms": 10**14, "us": 10**17}
 """Above this a time of 'auto' unit counts in the next finer one; 10**11 s is the year 5138, 10**11 ms is 1973."""
 _PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 _DATE_FORMS = (
-    "%Y-%m-%dT%H:%M:%S%.f%z",
-    "%Y-%m-%d %H:%M:%S%.f%z",
+    "%Y-%m-%dT%H:%M:%S%.f%#z",
+    "%Y-%m-%d %H:%M:%S%.f%#z",
     "%Y-%m-%dT%H:%M:%S%.f",
     "%Y-%m-%d %H:%M:%S%.f",
     "%Y-%m-%d",
@@ -187,7 +187,7 @@ def _dates(text: pl.Series) -> pl.Series:
     if text.dtype == pl.String:
         # Not inferred from the first cells: a column may hold more than one of these.
         parsed = [
-            text.str.to_datetime(form, strict=False, time_unit="us", time_zone="UTC" if "%z" not in form else None)
+            text.str.to_datetime(form, strict=False, time_unit="us", time_zone=None if form.endswith("z") else "UTC")
             for form in _DATE_FORMS
         ]
         return pl.select(pl.coalesce(x.to_physical().cast(pl.Int64) for x in parsed)).to_series()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_gr.data.event_log import EventLog
 from lightning_gr.data.event_store import EventStore, Field, StoreWriter
+from lightning_gr.data.event_store.fields import EXPOSED
 from lightning_gr.data.event_store.writer import refuse_to_replace
 from lightning_gr.data.prepare.cells import NotWhole
 from lightning_gr.data.prepare.core import Core
@@ -63,7 +64,7 @@ def prepare(
     """
     output, settings = Path(output), settings or PrepareSettings()
     refuse_to_replace(output, overwrite=overwrite)
-    for file in log.files:
+    for file in log.all_files:
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file")
         if file.stat().st_size == 0:
@@ -89,15 +90,18 @@ class _Run:
         self._log, self._output, self._work, self._settings = log, output, work, settings
         self._overwrite, self._progress = overwrite, progress
         self._buckets = num_buckets(log, settings)
+        self._sparse = (*log.sparse, *([EXPOSED] if log.history is not None else []))
 
     # ---- what lies in the work folder --------------------------------------------------------------------------
 
     def _identity(self) -> str:
         """Names the log's files as they are now, how they are read, and the settings."""
-        files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in self._log.files]
+        files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in self._log.all_files]
         columns = {name: value for name, value in vars(self._log).items() if isinstance(value, str | tuple | int)}
         columns.pop("files")
         what = [_VERSION, files, repr(sorted(columns.items())), self._plan(), repr(self._settings)]
+        if self._log.history is not None:
+            what.append(len(self._log.files))
         return hashlib.blake2b(json.dumps(what).encode(), digest_size=16).hexdigest()
 
     def _plan(self) -> str:
@@ -168,11 +172,15 @@ class _Run:
 
     def _learn(self) -> None:
         """The vocabularies of items and of every sparse field, and the features of users and items."""
-        self._vocabularies = {name: Vocabulary(name) for name in (ITEM, *self._log.sparse)}
+        import polars as pl
+
+        self._vocabularies = {name: Vocabulary(name) for name in (ITEM, *self._sparse)}
+        if EXPOSED in self._sparse:
+            self._vocabularies[EXPOSED].add(pl.Series([0, 1]))
         self._users: FeatureTable | None = None
         users_type: pl.DataType | None = None
         for bucket in range(self._buckets):
-            events = self._core.keep(self._read(bucket, self._log.sparse))
+            events = self._core.keep(self._read(bucket, self._sparse))
             self._progress("numbering", bucket + 1, self._buckets)
             if events.is_empty():
                 continue
@@ -190,7 +198,7 @@ class _Run:
             self._items.learn(self._items.join(self._vocabularies[ITEM].values))
 
     def _fields(self) -> list[Field]:
-        fields = [Field(name, "sparse", "event", len(self._vocabularies[name])) for name in self._log.sparse]
+        fields = [Field(name, "sparse", "event", len(self._vocabularies[name])) for name in self._sparse]
         fields += [Field(name, "dense", "event") for name in self._log.dense]
         fields += [Field(name, "label", "event") for name in self._log.labels]
         for table in (self._users, self._items):
@@ -273,13 +281,17 @@ class _Run:
             events = events.filter(pl.Series(~repeated))
         events = self._core.keep(events)
         notes |= {"kept": len(events), "late": out_of_order(events)}
+        if EXPOSED in self._sparse:
+            # Each log has an order of its own.
+            logs = [events.filter(pl.col(EXPOSED) == code) for code in (0, 1)]
+            notes |= {"history": len(logs[0]), "late": sum(out_of_order(of_log) for of_log in logs)}
         columns = {"user_id": events[USER], "item_id": self._vocabularies[ITEM].encode(events[ITEM])}
         if self._log.timestamp is not None:
             columns["timestamp"] = events[TIME] // 10**6
             if len(events):
                 times = columns["timestamp"].to_numpy()
                 notes["times"] = [int(times.min()), int(times.max())]
-        columns |= {name: self._vocabularies[name].encode(events[name]) for name in self._log.sparse}
+        columns |= {name: self._vocabularies[name].encode(events[name]) for name in self._sparse}
         columns |= {name: events[name] for name in (*self._log.dense, *self._log.labels)}
         users = users_of(columns)
         if self._users is not None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_gr.data.event_log import EventLog
+from lightning_gr.data.event_store.fields import EXPOSED
 from lightning_gr.data.prepare import cells
 from lightning_gr.data.prepare.settings import PrepareSettings
 
@@ -42,6 +43,7 @@ class Counts:
         missing: cells of numbers and labels that hold none, by column.
         units: times by the unit they stood in.
         blank: rows of text without anything in a column that is used; they are no events.
+        history: rows read of the log of history.
     """
 
     rows: int = 0
@@ -49,11 +51,13 @@ class Counts:
     missing: dict[str, int] = field(default_factory=dict)
     units: dict[str, int] = field(default_factory=dict)
     blank: int = 0
+    history: int = 0
 
     def add(self, other: Counts) -> None:
         """Adds another part's counts."""
         self.rows += other.rows
         self.blank += other.blank
+        self.history += other.history
         for name in ("bad", "missing", "units"):
             mine = getattr(self, name)
             for key, count in getattr(other, name).items():
@@ -62,7 +66,7 @@ class Counts:
 
 def num_buckets(log: EventLog, settings: PrepareSettings) -> int:
     """How many parts the users are cut into, so that each fits into memory."""
-    size = sum(file.stat().st_size * _packed(file) for file in log.files)
+    size = sum(file.stat().st_size * _packed(file) for file in log.all_files)
     return int(min(max(-(-size // int(settings.memory_gb * 1e9 * _RAW_SHARE)), 1), _MOST_BUCKETS))
 
 
@@ -96,14 +100,16 @@ def spill(
         ValueError: a file or row cannot be used; the message names it.
     """
     total, done = Counts(), 0
-    sizes = [file.stat().st_size for file in log.files]
-    for number, file in enumerate(log.files):
+    sizes = [file.stat().st_size for file in log.all_files]
+    for number, file in enumerate(log.all_files):
         folder = work / "spill" / f"{number:05d}"
         finished = folder / "finished.json"
         if not finished.is_file():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            counts = _spill_file(log, file, number, folder, settings, buckets, as_text, progress, done, sum(sizes))
+            of = log if number < len(log.files) else log.history
+            assert of is not None
+            counts = _spill_file(log, of, file, number, folder, settings, buckets, as_text, progress, done, sum(sizes))
             temporary = finished.with_suffix(".tmp")
             temporary.write_text(json.dumps(counts.__dict__))
             os.replace(temporary, finished)
@@ -115,6 +121,7 @@ def spill(
 
 def _spill_file(
     log: EventLog,
+    of: EventLog,
     file: Path,
     number: int,
     folder: Path,
@@ -134,18 +141,21 @@ def _spill_file(
     # Events are written while the next ones are read and cast.
     with ThreadPoolExecutor(1) as background:
         try:
-            for batch in _batches(log, file):
-                lines = batch[log.row].to_numpy() if log.row else np.arange(rows, rows + len(batch)) + log.first_row
+            for batch in _batches(of, file):
+                lines = batch[of.row].to_numpy() if of.row else np.arange(rows, rows + len(batch)) + of.first_row
                 rows += len(batch)
-                blank = _blank(batch, log.row)
+                blank = _blank(batch, of.row)
                 if blank.any():
                     # Blank lines are nobody's mistake.
                     batch, lines = batch.filter(pl.Series(~blank)), lines[~blank]
-                events, of_batch = _typed(log, file, batch, lines, settings, as_text)
+                events, of_batch = _typed(log, of, file, batch, lines, settings, as_text)
                 if writing is not None:
                     writing.result()
                 writing = background.submit(_write, events, buckets, folder, writers)
-                counts.add(Counts(len(batch), of_batch.reasons, of_batch.missing, of_batch.units, int(blank.sum())))
+                of_history = len(batch) if of is log.history else 0
+                counts.add(
+                    Counts(len(batch), of_batch.reasons, of_batch.missing, of_batch.units, int(blank.sum()), of_history)
+                )
                 # How far a compressed file has been read cannot be known; a row is taken for fifty bytes at least.
                 progress("reading", done + min(own, rows * 50), size)
             if writing is not None:
@@ -199,13 +209,14 @@ class _Batch(cells.BadRows):
 
 def _typed(
     log: EventLog,
+    of: EventLog,
     file: Path,
     batch: pl.DataFrame,
     lines: np.ndarray[Any, Any],
     settings: PrepareSettings,
     as_text: set[str],
 ) -> tuple[pl.DataFrame, _Batch]:
-    """The usable rows of a batch with typed columns."""
+    """The usable rows of a batch with typed columns; of history, those that the log has beyond it hold nothing."""
     import polars as pl
 
     bad = _Batch(len(batch))
@@ -217,11 +228,18 @@ def _typed(
         if log.timestamp is not None:
             found, fine, bad.units = cells.times(batch[log.timestamp], log.timestamp, settings.time_unit, bad)
             columns += [found.alias(TIME), fine.alias(FINE)]
-        columns += [cells.ids(batch[x], x, bad, as_text=x in as_text, required=False).alias(x) for x in log.sparse]
+        for name in log.sparse:
+            raw = batch[name] if of is log else pl.repeat(None, len(batch), dtype=pl.Null, eager=True)
+            columns.append(cells.ids(raw, name, bad, as_text=name in as_text, required=False).alias(name))
         for name in (*log.dense, *log.labels):
+            if of is not log:
+                columns.append(pl.Series(name, np.full(len(batch), np.nan, dtype=np.float32)))
+                continue
             found, missing = cells.numbers(batch[name], name, bad)
             columns.append(found.alias(name))
             bad.missing[name] = missing
+        if log.history is not None:
+            columns.append(pl.Series(EXPOSED, np.full(len(batch), int(of is log), dtype=np.int64)))
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
     if bad.first is not None and settings.bad_rows == "refuse":

@@ -28,7 +28,7 @@ class Summary:
 
     def __init__(self, log: EventLog, counts: Counts) -> None:
         self._log, self._counts = log, counts
-        self._totals = {"usable": 0, "duplicates": 0, "kept": 0, "late": 0}
+        self._totals = {"usable": 0, "duplicates": 0, "kept": 0, "late": 0, "history": 0}
         self._lengths = np.zeros(1, dtype=np.int64)
         self._longest = 0
         self._times: list[int] = []
@@ -36,7 +36,7 @@ class Summary:
     def add(self, notes: dict[str, Any]) -> None:
         """Takes what was noted of a part."""
         for name in self._totals:
-            self._totals[name] += notes[name]
+            self._totals[name] += notes.get(name, 0)
         lengths = np.array(notes["lengths"], dtype=np.int64)
         longer, shorter = (self._lengths, lengths) if len(self._lengths) >= len(lengths) else (lengths, self._lengths)
         self._lengths = longer.copy()
@@ -57,7 +57,14 @@ class Summary:
             least = {"user": settings.min_user_events, "item": settings.min_item_events}
             small = " or ".join(f"{what} with fewer than {n} events" for what, n in least.items() if n > 1)
             dropped[f"of a {small}" if small.startswith("user") else f"of an {small}"] = left
-        return {
+        history = {}
+        if self._log.history is not None:
+            history = {
+                "history_files": [file.name for file in self._log.history.files],
+                "history_rows_read": counts.history,
+                "history_events_kept": totals["history"],
+            }
+        return history | {
             "form": self._log.form,
             "files": [file.name for file in self._log.files],
             "rows_read": counts.rows,
