@@ -30,7 +30,9 @@ class TopKWriter(BasePredictionWriter):
     """Writes ``<file_prefix>-<rank>.parquet`` with the columns ``user_id``, ``item_ids`` and ``scores``, best first.
 
     It takes ``predict_step``'s dict of ``sample_ids`` (B,), ``item_rows`` (B, K) and ``scores`` (B, K). Raw ids come
-    from the datamodule's ``users`` (by sample id) and ``item_ids`` (by row); without them the numbers are written.
+    from the datamodule's ``users`` (by sample id, or by ``user_rows`` (B,) where the dict has them: a user may have
+    several samples) and ``item_ids`` (by row); without them the numbers are written. Items with a score of -inf fill
+    up what has fewer than K, and are left out.
     A run first removes the parts of the run before it, and its own appear when every rank is done, so parts in the
     folder are always those of one complete run.
 
@@ -38,17 +40,20 @@ class TopKWriter(BasePredictionWriter):
         output_dir: folder of the files; None means ``predictions`` in the logger's folder, or in the Trainer's
             ``default_root_dir`` without a logger.
         file_prefix: how the files' names begin.
+        timestamps: whether there is a column ``timestamp`` too, from the dict's ``timestamps`` (B,): in ranking, when
+            the candidates were asked for.
 
     Raises:
         ValueError: `file_prefix` is not a plain file name, or a prediction does not look as described.
     """
 
-    def __init__(self, *, output_dir: str | None = None, file_prefix: str = "part") -> None:
+    def __init__(self, *, output_dir: str | None = None, file_prefix: str = "part", timestamps: bool = False) -> None:
         super().__init__(write_interval="batch")
         if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]*", file_prefix):
             raise ValueError(f"file_prefix={file_prefix!r}: expected letters, digits, '_', '-' and '.'")
         self.output_dir = output_dir
         self.file_prefix = file_prefix
+        self.timestamps = timestamps
         self._part: _Part | None = None
 
     @override
@@ -68,6 +73,7 @@ class TopKWriter(BasePredictionWriter):
             folder / f"{self.file_prefix}-{trainer.global_rank}.parquet",
             users=_RawIds("users", getattr(datamodule, "users", None)),
             items=_RawIds("item_ids", getattr(datamodule, "item_ids", None)),
+            timestamps=self.timestamps,
         )
 
     @override
@@ -82,7 +88,7 @@ class TopKWriter(BasePredictionWriter):
         dataloader_idx: int,
     ) -> None:
         assert self._part is not None
-        self._part.write(*_checked(prediction, type(pl_module).__name__))
+        self._part.write(_checked(prediction, type(pl_module).__name__, timestamps=self.timestamps))
 
     @override
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -141,30 +147,38 @@ class _RawIds:
 class _Part:
     """One rank's file, under a temporary name in the same folder until it is published."""
 
-    def __init__(self, path: Path, *, users: _RawIds, items: _RawIds) -> None:
+    def __init__(self, path: Path, *, users: _RawIds, items: _RawIds, timestamps: bool) -> None:
         import pyarrow as pa
         import pyarrow.parquet as pq
 
         self.path = path
         self._users, self._items = users, items
         self._schema = pa.schema(
-            {"user_id": users.type, "item_ids": pa.list_(items.type), "scores": pa.list_(pa.float32())}
+            {"user_id": users.type}
+            | ({"timestamp": pa.int64()} if timestamps else {})
+            | {"item_ids": pa.list_(items.type), "scores": pa.list_(pa.float32())}
         )
         self._held: list[pa.RecordBatch] = []
         self._temporary = path.with_name(f".{path.stem}.tmp")
         self._writer = pq.ParquetWriter(self._temporary, self._schema)
 
-    def write(self, sample_ids_B: Tensor, item_rows_BK: Tensor, scores_BK: Tensor) -> None:
+    def write(self, found: Mapping[str, Tensor]) -> None:
         import pyarrow as pa
 
-        num_samples, k = item_rows_BK.shape
-        offsets = pa.array(torch.arange(num_samples + 1, dtype=torch.int32).mul_(k).numpy())
-        columns = [
-            self._users.take(sample_ids_B),
-            pa.ListArray.from_arrays(offsets, self._items.take(item_rows_BK.flatten())),
-            pa.ListArray.from_arrays(offsets, pa.array(scores_BK.flatten().numpy())),
-        ]
-        self._held.append(pa.RecordBatch.from_arrays(columns, schema=self._schema))
+        scores_BK = found["scores"]
+        real_BK = scores_BK != -torch.inf
+        ends_B = real_BK.sum(1).cumsum(0)
+        offsets = pa.array(torch.cat([ends_B.new_zeros(1), ends_B]).to(torch.int32).numpy())
+        columns = {
+            "user_id": self._users.take(found.get("user_rows", found["sample_ids"])),
+            "item_ids": pa.ListArray.from_arrays(offsets, self._items.take(found["item_rows"][real_BK])),
+            "scores": pa.ListArray.from_arrays(offsets, pa.array(scores_BK[real_BK].numpy())),
+        }
+        if "timestamps" in found:
+            columns["timestamp"] = pa.array(found["timestamps"].numpy())
+        self._held.append(
+            pa.RecordBatch.from_arrays([columns[name] for name in self._schema.names], schema=self._schema)
+        )
         if sum(batch.num_rows for batch in self._held) >= _ROWS_PER_GROUP:
             self._flush()
 
@@ -189,28 +203,28 @@ class _Part:
             self._temporary.unlink(missing_ok=True)
 
 
-def _checked(prediction: Any, module: str) -> tuple[Tensor, Tensor, Tensor]:
+def _checked(prediction: Any, module: str, *, timestamps: bool) -> dict[str, Tensor]:
     """The prediction's tensors on the host, padding left out."""
     expected = (
         f"TopKWriter: {module}.predict_step must return a dict of tensors sample_ids (B,), item_rows (B, K) and "
-        "scores (B, K)"
+        "scores (B, K)" + ", and timestamps (B,) for timestamps=True" * timestamps
     )
     if not isinstance(prediction, Mapping):
         raise ValueError(f"{expected}; got {type(prediction).__name__}")
-    if missing := [name for name in _DIMENSIONS if name not in prediction]:
+    dimensions = _DIMENSIONS | ({"timestamps": 1} if timestamps else {})
+    if missing := [name for name in dimensions if name not in prediction]:
         raise ValueError(f"{expected}; missing: {', '.join(missing)}")
-    tensors = [prediction[name] for name in _DIMENSIONS]
-    for tensor, (name, dimensions) in zip(tensors, _DIMENSIONS.items(), strict=True):
-        if not isinstance(tensor, Tensor):
+    if "user_rows" in prediction:
+        dimensions = dimensions | {"user_rows": 1}
+    for name, number in dimensions.items():
+        if not isinstance(tensor := prediction[name], Tensor):
             raise ValueError(f"{expected}; {name} is {type(tensor).__name__}")
         if (
-            tensor.dim() != dimensions
-            or tensor.shape[0] != tensors[0].shape[0]
-            or (dimensions == 2 and tensor.shape != tensors[1].shape)
+            tensor.dim() != number
+            or tensor.shape[0] != prediction["sample_ids"].shape[0]
+            or (number == 2 and tensor.shape != prediction["item_rows"].shape)
         ):
             raise ValueError(f"{expected}; {name} has shape {tuple(tensor.shape)}")
-    sample_ids_B = tensors[0].detach().cpu().to(torch.int64)
-    real_B = sample_ids_B != PADDING_SAMPLE_ID
-    item_rows_BK = tensors[1].detach().cpu().to(torch.int64)[real_B]
-    scores_BK = tensors[2].detach().cpu().to(torch.float32)[real_B]
-    return sample_ids_B[real_B], item_rows_BK, scores_BK
+    real_B = prediction["sample_ids"].detach().cpu() != PADDING_SAMPLE_ID
+    dtypes = {name: torch.float32 if name == "scores" else torch.int64 for name in dimensions}
+    return {name: prediction[name].detach().cpu().to(dtypes[name])[real_B] for name in dimensions}

@@ -174,6 +174,8 @@ def _view(settings: Sequence[str], split: str) -> _View:
     batch = next(iter(getattr(built.datamodule, f"{split}_dataloader")()), None)
     if not isinstance(batch, SequenceBatch):
         raise UserError(f"--split {split}: expected SequenceBatch batches, got {type(batch).__name__}")
+    # Some models have another mask while they are trained.
+    built.model.train(split == "train")
     inputs = inputs_of(batch)
     groups_of = getattr(built.model, "candidate_groups", None)
     asked = [batch.kind_T[labels.tokens_N] for labels in batch.labels.values()]

@@ -1,7 +1,7 @@
 """HSTU blocks over jagged sequences (Zhai et al., arXiv 2402.17152, section 3).
 
-Shape suffixes: T tokens of all sequences together, D model width, H heads, P rows of the position table, N time
-buckets.
+Shape suffixes: T tokens of all sequences together, D model width, E width of the projection, H heads, P rows of the
+position table, N time buckets.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from typing_extensions import override
 
+from lightning_gr.layers.group_layer_norm import GroupLayerNorm, affine_rows
 from lightning_gr.layers.recompute import recomputed
 from lightning_gr.ops.group_layer_norm import group_layer_norm
 from lightning_gr.ops.hstu_attention import attention_flops, hstu_attention
@@ -61,6 +62,7 @@ class HSTULayer(nn.Module):
         time_buckets: buckets of the bias by time difference; 0 leaves it out.
         activation: of the attention.
         scale: factor of the attention weights.
+        num_norm_groups: groups of tokens with affine parameters of their own in both norms; 1 is plain layer norm.
     """
 
     def __init__(
@@ -77,15 +79,16 @@ class HSTULayer(nn.Module):
         time_buckets: int,
         activation: Literal["silu", "softmax"],
         scale: float,
+        num_norm_groups: int = 1,
     ) -> None:
         super().__init__()
         self.num_heads, self.qk_dim, self.v_dim = num_heads, qk_dim, v_dim
         self.dropout, self.attention_dropout = dropout, attention_dropout
         self.activation: Literal["silu", "softmax"] = activation
         self.scale = scale
-        self.input_norm = nn.LayerNorm(dim)
+        self.input_norm = _norm(num_norm_groups, dim)
         self.uvqk = nn.Linear(dim, num_heads * (2 * v_dim + 2 * qk_dim))
-        self.attention_norm = nn.LayerNorm(num_heads * v_dim)
+        self.attention_norm = _norm(num_norm_groups, num_heads * v_dim)
         self.output = nn.Linear(num_heads * v_dim, dim)
         for linear in (self.uvqk, self.output):
             nn.init.normal_(linear.weight, std=_INIT_STD)
@@ -107,51 +110,103 @@ class HSTULayer(nn.Module):
         times_T: Tensor | None = None,
         request_times_T: Tensor | None = None,
         positions_T: Tensor | None = None,
+        groups_T: Tensor | None = None,
     ) -> Tensor:
         """(T, D) to (T, D); see `HSTUEncoder.forward`."""
-        request_times_T = times_T if request_times_T is None else request_times_T
         v_width, qk_width = self.num_heads * self.v_dim, self.num_heads * self.qk_dim
-        projected = uvqk_projection(
-            x_TD,
-            norm_weight_GD=self.input_norm.weight[None],
-            norm_bias_GD=self.input_norm.bias[None],
-            weight_ED=self.uvqk.weight,
-            bias_E=self.uvqk.bias,
-            eps=self.input_norm.eps,
-        )
-        u, v, q, k = projected.split([v_width, v_width, qk_width, qk_width], dim=-1)
-        attended = hstu_attention(
-            q.unflatten(-1, (self.num_heads, self.qk_dim)),
-            k.unflatten(-1, (self.num_heads, self.qk_dim)),
-            v.unflatten(-1, (self.num_heads, self.v_dim)),
+        projected_TE = self.projected(x_TD, groups_T)
+        u, v, q, k = projected_TE.split([v_width, v_width, qk_width, qk_width], dim=-1)
+        attended = self.attended(
+            q,
+            k,
+            v,
             q_layout=layout,
             mask=mask,
-            scale=self.scale,
-            position_table_PH=self.position_table_PH,
-            time_table_NH=self.time_table_NH if times_T is not None else None,
-            q_times_T=request_times_T if times_T is not None else None,
+            q_times_T=times_T if request_times_T is None else request_times_T,
             k_times_T=times_T,
             q_positions_T=positions_T,
             k_positions_T=positions_T,
+        )
+        out: Tensor = x_TD + self.output(self.gated(attended, u, groups_T))
+        return out
+
+    def projected(
+        self, x_TD: Tensor, groups_T: Tensor | None, part: Literal["u", "v", "q", "k"] | None = None
+    ) -> Tensor:
+        """``silu(W norm(x))``, (T, E): gates, values, queries and keys side by side, or one of them alone."""
+        weight_ED: Tensor = self.uvqk.weight
+        bias_E: Tensor = self.uvqk.bias
+        if part is not None:
+            v_width, qk_width = self.num_heads * self.v_dim, self.num_heads * self.qk_dim
+            begin = {"u": 0, "v": v_width, "q": 2 * v_width, "k": 2 * v_width + qk_width}[part]
+            rows = slice(begin, begin + (v_width if part in "uv" else qk_width))
+            weight_ED, bias_E = weight_ED[rows], bias_E[rows]
+        norm_weight_GD, norm_bias_GD = affine_rows(self.input_norm)
+        return uvqk_projection(
+            x_TD,
+            norm_weight_GD=norm_weight_GD,
+            norm_bias_GD=norm_bias_GD,
+            weight_ED=weight_ED,
+            bias_E=bias_E,
+            groups_T=groups_T,
+            eps=self.input_norm.eps,
+        )
+
+    def attended(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        q_layout: JaggedLayout,
+        k_layout: JaggedLayout | None = None,
+        mask: IntervalMask,
+        q_times_T: Tensor | None,
+        k_times_T: Tensor | None,
+        q_positions_T: Tensor | None,
+        k_positions_T: Tensor | None,
+    ) -> Tensor:
+        """What queries (T, H * qk_dim) find among keys and values of as many heads; see `hstu_attention`."""
+        attended_THV = hstu_attention(
+            q.unflatten(-1, (self.num_heads, self.qk_dim)),
+            k.unflatten(-1, (self.num_heads, self.qk_dim)),
+            v.unflatten(-1, (self.num_heads, self.v_dim)),
+            q_layout=q_layout,
+            k_layout=k_layout,
+            mask=mask,
+            scale=self.scale,
+            position_table_PH=self.position_table_PH,
+            time_table_NH=self.time_table_NH if k_times_T is not None else None,
+            q_times_T=q_times_T if k_times_T is not None else None,
+            k_times_T=k_times_T,
+            q_positions_T=q_positions_T,
+            k_positions_T=k_positions_T,
             activation=self.activation,
             dropout=self.attention_dropout,
             training=self.training,
         )
-        gated = group_layer_norm(
-            attended.flatten(1),
-            weight_GD=self.attention_norm.weight[None],
-            bias_GD=self.attention_norm.bias[None],
-            groups_T=None,
+        if self.time_table_NH is not None and k_times_T is None:
+            # Keeps the unused table in the graph: DDP waits for the gradient of every parameter.
+            attended_THV = attended_THV + 0.0 * self.time_table_NH.sum()
+        return attended_THV.flatten(1)
+
+    def gated(self, attended: Tensor, u: Tensor, groups_T: Tensor | None) -> Tensor:
+        """``dropout(u * norm(attended))``, (T, H * v_dim): what `output` takes."""
+        weight_GD, bias_GD = affine_rows(self.attention_norm)
+        return group_layer_norm(
+            attended,
+            weight_GD=weight_GD,
+            bias_GD=bias_GD,
+            groups_T=groups_T,
             gate_TD=u,
             eps=self.attention_norm.eps,
             dropout=self.dropout,
             training=self.training,
         )
-        out: Tensor = x_TD + self.output(gated)
-        if self.time_table_NH is not None and times_T is None:
-            # Keeps the unused table in the graph: DDP waits for the gradient of every parameter.
-            out = out + 0.0 * self.time_table_NH.sum()
-        return out
+
+
+def _norm(num_groups: int, dim: int) -> nn.LayerNorm | GroupLayerNorm:
+    return nn.LayerNorm(dim) if num_groups == 1 else GroupLayerNorm(num_groups=num_groups, dim=dim)
 
 
 class HSTUEncoder(nn.Module):
@@ -176,6 +231,8 @@ class HSTUEncoder(nn.Module):
             depend on batch mates.
         recompute: computes each layer's activations again in backward instead of keeping them; the results are the
             same.
+        num_norm_groups: groups of tokens with affine parameters of their own in the norms of every layer (MTGR, arXiv
+            2505.18654, eq. 5-6); 1 is plain layer norm.
 
     Raises:
         ValueError: a size that cannot work, by name.
@@ -199,10 +256,12 @@ class HSTUEncoder(nn.Module):
         activation: Literal["silu", "softmax"] = "silu",
         scale: float | None = None,
         recompute: bool = False,
+        num_norm_groups: int = 1,
     ) -> None:
         super().__init__()
         sizes: dict[str, int | None] = {"dim": dim, "num_layers": num_layers, "num_heads": num_heads}
         sizes |= {"qk_dim": qk_dim, "v_dim": v_dim, "max_length": max_length, "time_buckets": time_buckets}
+        sizes |= {"num_norm_groups": num_norm_groups}
         for name, size in sizes.items():
             if size is not None and size < 1:
                 raise ValueError(f"{name}={size}: expected at least 1")
@@ -226,6 +285,7 @@ class HSTUEncoder(nn.Module):
                 time_buckets=time_buckets if time_bias else 0,
                 activation=activation,
                 scale=1 / max_length if scale is None else scale,
+                num_norm_groups=num_norm_groups,
             )
             for _ in range(num_layers)
         )
@@ -240,6 +300,7 @@ class HSTUEncoder(nn.Module):
         times_T: Tensor | None = None,
         request_times_T: Tensor | None = None,
         positions_T: Tensor | None = None,
+        groups_T: Tensor | None = None,
     ) -> Tensor:
         """Encodes the tokens of jagged sequences.
 
@@ -252,6 +313,7 @@ class HSTUEncoder(nn.Module):
                 known when the request comes. None means `times_T`.
             positions_T: int64 position of each token, 0 ... `max_length` - 1, where it is not its place in its
                 sequence: a candidate's is the moment it is shown at.
+            groups_T: int64 norm group of each token, 0 ... `num_norm_groups` - 1; None where there is one group.
 
         Returns:
             (T, D).
@@ -259,6 +321,15 @@ class HSTUEncoder(nn.Module):
         Raises:
             ValueError: a sequence is longer than `max_length`, or `x_TD` does not fit the layout and `dim`.
         """
+        x_TD = self.entered(x_TD, layout=layout, positions_T=positions_T)
+        inputs: dict[str, Any] = {"layout": layout, "mask": mask, "times_T": times_T}
+        inputs |= {"request_times_T": request_times_T, "positions_T": positions_T, "groups_T": groups_T}
+        for layer in self.layers:
+            x_TD = recomputed(layer, x_TD, **inputs) if self.recompute else layer(x_TD, **inputs)
+        return x_TD
+
+    def entered(self, x_TD: Tensor, *, layout: JaggedLayout, positions_T: Tensor | None) -> Tensor:
+        """Tokens as the first layer takes them: checked, with their input positions, and with dropout."""
         if x_TD.shape != (layout.num_tokens, self.dim):
             raise ValueError(
                 f"x_TD: expected ({layout.num_tokens} tokens, dim={self.dim}), got shape {tuple(x_TD.shape)}"
@@ -271,12 +342,7 @@ class HSTUEncoder(nn.Module):
         if self.position_PD is not None:
             given_T = layout.position_T if positions_T is None else positions_T
             x_TD = add_encodings(x_TD, positions_T=given_T, position_table_PD=self.position_PD)
-        x_TD = F.dropout(x_TD, self.dropout, self.training)
-        inputs: dict[str, Any] = {"layout": layout, "mask": mask, "times_T": times_T}
-        inputs |= {"request_times_T": request_times_T, "positions_T": positions_T}
-        for layer in self.layers:
-            x_TD = recomputed(layer, x_TD, **inputs) if self.recompute else layer(x_TD, **inputs)
-        return x_TD
+        return F.dropout(x_TD, self.dropout, self.training)
 
     def flops(self, num_tokens: int, num_visible_pairs: int) -> int:
         """Forward floating-point operations for these many tokens and visible pairs."""

@@ -21,13 +21,21 @@ class MultiTaskHeads(nn.Module):
         num_experts: experts; 0 gives each task a tower on the input itself.
         hidden_dim: width of experts and towers.
         dropout: inside the towers.
+        top_k_experts: experts that a gate mixes for an input, those it weighs most, the others get 0; None mixes all.
 
     Raises:
         ValueError: a size that cannot work, by name.
     """
 
     def __init__(
-        self, *, dim: int, tasks: Sequence[str], num_experts: int = 4, hidden_dim: int = 64, dropout: float = 0.0
+        self,
+        *,
+        dim: int,
+        tasks: Sequence[str],
+        num_experts: int = 4,
+        hidden_dim: int = 64,
+        dropout: float = 0.0,
+        top_k_experts: int | None = None,
     ) -> None:
         super().__init__()
         if not tasks or len(set(tasks)) < len(tasks):
@@ -36,7 +44,11 @@ class MultiTaskHeads(nn.Module):
             raise ValueError(
                 f"dim={dim}, hidden_dim={hidden_dim}, num_experts={num_experts}: expected at least 1, 1 and 0"
             )
-        self.tasks = tuple(tasks)
+        if top_k_experts is not None and not 1 <= top_k_experts <= num_experts:
+            raise ValueError(
+                f"top_k_experts={top_k_experts}: expected 1 ... num_experts={num_experts}, or leave it out"
+            )
+        self.tasks, self.top_k_experts = tuple(tasks), top_k_experts
         self.experts = nn.ModuleList(
             nn.Sequential(nn.Linear(dim, hidden_dim), nn.SiLU(), nn.Linear(hidden_dim, hidden_dim), nn.SiLU())
             for _ in range(num_experts)
@@ -56,9 +68,16 @@ class MultiTaskHeads(nn.Module):
         experts_NEH = torch.stack([expert(x_ND) for expert in self.experts], 1)
         logits = {}
         for task, gate, tower in zip(self.tasks, self.gates, self.towers, strict=True):
-            shares_NE = gate(x_ND).softmax(1)
+            shares_NE = self._mixed(gate(x_ND)).softmax(1)
             logits[task] = tower((shares_NE[:, :, None] * experts_NEH).sum(1))[:, 0]
         return logits
+
+    def _mixed(self, gates_NE: Tensor) -> Tensor:
+        """Gates before their softmax, -inf where an expert is not mixed."""
+        if self.top_k_experts is None:
+            return gates_NE
+        chosen_NK = gates_NE.topk(self.top_k_experts, 1).indices
+        return torch.full_like(gates_NE, -torch.inf).scatter(1, chosen_NK, gates_NE.gather(1, chosen_NK))
 
     def flops(self, num_inputs: int) -> int:
         """Forward floating-point operations of the matrix products."""

@@ -118,7 +118,8 @@ def _group(parameters: list[Tensor], weight_decay: float | None) -> dict[str, An
 
 
 def _is_exempt(name: str, parameter: Tensor) -> bool:
-    return parameter.ndim <= 1 or name.rpartition(".")[2] == "bias"
+    # A norm by group has a row of affine parameters for each group.
+    return parameter.ndim <= 1 or name.rpartition(".")[2] == "bias" or name.endswith("_norm.weight")
 
 
 def _refuse(group: ParameterGroup, names: list[str]) -> None:

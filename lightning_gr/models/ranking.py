@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from typing_extensions import override
@@ -21,10 +22,11 @@ from typing_extensions import override
 from lightning_gr.balancing.cost import TOKENS, SequenceCost, cost_of
 from lightning_gr.batch import PADDING_SAMPLE_ID, SequenceBatch, TokenKind
 from lightning_gr.data.raw_ids import RowsOfKeys, refuse_static_tables
-from lightning_gr.embeddings import embedding_collection
 from lightning_gr.embeddings.dynamic import DynamicTables
+from lightning_gr.embeddings.tables_by_width import TablesByWidth, static_tables
 from lightning_gr.layers.multi_task import MultiTaskHeads
 from lightning_gr.metrics import AUC, Calibration, GroupedAUC, NormalizedEntropy, WeightedMean
+from lightning_gr.models.best_candidates import best_candidates
 from lightning_gr.models.forward_flops import ForwardFlops
 from lightning_gr.models.parameter_groups import ParameterGroup, optimizer_and_schedule
 from lightning_gr.models.ranking_tokens import candidate_places
@@ -61,7 +63,7 @@ class RankingModule(pl.LightningModule):
     Args:
         network: `lightning_gr.models.MTGR`, `lightning_gr.models.DLRM`, or another with their methods.
         features: what batches hold; None takes the datamodule's.
-        embedding_dim: width of all embeddings.
+        embedding_dim: width of the embeddings, where features say none.
         embedding_std: standard deviation of their first values.
         dynamic_tables: settings of dynamic tables in place of static ones, for a datamodule with ``raw_ids`` too; None
             takes static ones.
@@ -69,6 +71,12 @@ class RankingModule(pl.LightningModule):
         num_experts: experts of the multi-task heads; 0 gives each task a tower of its own.
         head_dim: width of experts and towers.
         head_dropout: inside the towers.
+        top_k_experts: each task's gate mixes only that many experts of a candidate, those it weighs most; None mixes
+            all.
+        micro_batch: outside of training, candidates are scored this many at a time against keys and values of their
+            history (M-FALCON): the same logits, in less memory. None takes one pass.
+        top_k: `predict` gives the best so many candidates of each sample, for `TopKWriter`, instead of all of them.
+        top_k_task: by whose probability they are ordered; None takes the first task.
         optimizer: makes the optimiser of the dense parameters.
         lr_scheduler: makes its schedule, stepped every step; None keeps the rate.
         parameter_groups: parameters with a learning rate or weight decay of their own, by name.
@@ -90,6 +98,10 @@ class RankingModule(pl.LightningModule):
         num_experts: int = 4,
         head_dim: int = 64,
         head_dropout: float = 0.0,
+        top_k_experts: int | None = None,
+        micro_batch: int | None = None,
+        top_k: int | None = None,
+        top_k_task: str | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-3),
         lr_scheduler: LRSchedulerCallable | None = None,
         parameter_groups: list[ParameterGroup] | None = None,
@@ -105,16 +117,28 @@ class RankingModule(pl.LightningModule):
                 raise MisconfigurationException(f"task_weights.{task}={weight}: expected a number of at least 0")
         if backend not in get_args(Backend):
             raise MisconfigurationException(f"backend={backend!r}: expected one of {', '.join(get_args(Backend))}")
+        for name, number in (("micro_batch", micro_batch), ("top_k", top_k)):
+            if number is not None and number < 1:
+                raise MisconfigurationException(f"{name}={number}: expected at least 1, or leave it out")
+        if top_k_task is not None and top_k is None:
+            raise MisconfigurationException(f"top_k_task={top_k_task}: orders the best top_k; give top_k too")
+        if micro_batch is not None and not hasattr(network, "in_micro_batches"):
+            rank_zero_warn(
+                f"micro_batch={micro_batch}: {type(network).__name__} scores all candidates of a batch at once; lower "
+                "eval_global_tokens where memory is short"
+            )
         self.network = network
+        self.micro_batch, self.top_k, self.top_k_task = micro_batch, top_k, top_k_task
         self.backend: Backend = backend
         self.features = features
         self.embedding_dim, self.embedding_std = embedding_dim, embedding_std
         self.dynamic_tables = dynamic_tables
         self.task_weights = dict(task_weights or {})
         self.num_experts, self.head_dim, self.head_dropout = num_experts, head_dim, head_dropout
+        self.top_k_experts = top_k_experts
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         self.parameter_groups = tuple(parameter_groups or ())
-        self.tables: EmbeddingCollection | DynamicEmbeddingCollection | None = None
+        self.tables: EmbeddingCollection | TablesByWidth | DynamicEmbeddingCollection | None = None
         self._rows_of_keys: dict[str, RowsOfKeys] = {}
         self.heads: MultiTaskHeads | None = None
         self.train_loss = WeightedMean()
@@ -140,6 +164,10 @@ class RankingModule(pl.LightningModule):
         if unknown := [task for task in self.task_weights if task not in self.features.tasks]:
             raise MisconfigurationException(
                 f"task_weights.{unknown[0]}: no such task; choose from {', '.join(self.features.tasks)}"
+            )
+        if self.top_k_task is not None and self.top_k_task not in self.features.tasks:
+            raise MisconfigurationException(
+                f"top_k_task={self.top_k_task}: no such task; choose from {', '.join(self.features.tasks)}"
             )
         if self.metrics is None:
             self.metrics = nn.ModuleDict(
@@ -168,18 +196,19 @@ class RankingModule(pl.LightningModule):
             num_experts=self.num_experts,
             hidden_dim=self.head_dim,
             dropout=self.head_dropout,
+            top_k_experts=self.top_k_experts,
         )
-        make_tables = embedding_collection if self.dynamic_tables is None else self.dynamic_tables.collection
+        make_tables = static_tables if self.dynamic_tables is None else self.dynamic_tables.collection
         self.tables = make_tables(
             [
                 EmbeddingConfig(
-                    name=name,
-                    num_embeddings=cardinality,
-                    embedding_dim=self.embedding_dim,
-                    feature_names=[name],
+                    name=shape.name,
+                    num_embeddings=shape.rows,
+                    embedding_dim=shape.dim,
+                    feature_names=list(shape.features),
                     init_fn=functools.partial(torch.nn.init.normal_, std=self.embedding_std),
                 )
-                for name, cardinality in (self.features.contextual | self.features.tokens).items()
+                for shape in self.features.shapes(self.embedding_dim)
             ]
         )
 
@@ -220,9 +249,17 @@ class RankingModule(pl.LightningModule):
 
     def score(self, embedded: Mapping[str, Tensor], batch: SequenceBatch) -> dict[str, Tensor]:
         """By task, the logit of each candidate, (N,) in the batch's order."""
-        assert self.heads is not None
+        heads = self.heads
+        assert heads is not None
+        in_micro_batches = getattr(self.network, "in_micro_batches", None)
+        logits: dict[str, Tensor]
         with use_backend(self.backend):
-            logits: dict[str, Tensor] = self.heads(self.network(embedded, batch))
+            if self.micro_batch is None or in_micro_batches is None or self.training or torch.is_grad_enabled():
+                logits = heads(self.network(embedded, batch))
+            else:
+                states_ND = in_micro_batches(embedded, batch, self.micro_batch)
+                parts = [heads(states) for states in states_ND.split(self.micro_batch)]
+                logits = {task: torch.cat([part[task] for part in parts]) for task in heads.tasks}
         return logits
 
     @override
@@ -265,11 +302,14 @@ class RankingModule(pl.LightningModule):
         real_B = batch.sample_ids_B != PADDING_SAMPLE_ID
         counts_4, pairs = batch.token_counts_B4[real_B].sum(0).tolist(), pairs_of(batch)
         again = getattr(self.network, "recomputed_flops", None)
-        pooled = sum(batch.features[name].values().numel() for name in self.features.contextual)
+        pooled = sum(
+            batch.features[name].values().numel() * self.features.dim_of(name, self.embedding_dim)
+            for name in self.features.pooled
+        )
         return ForwardFlops(
             attention=count([0, 0, 0, 0], 1) * pairs,
             projections=count(counts_4, 0),
-            embedding=pooled * self.embedding_dim,
+            embedding=pooled,
             head=self.heads.flops(counts_4[TokenKind.CANDIDATE]),
             recomputed=0 if again is None else again([0, 0, 0, 0], 1) * pairs + again(counts_4, 0),
         )
@@ -317,15 +357,33 @@ class RankingModule(pl.LightningModule):
 
     @override
     def predict_step(self, batch: SequenceBatch, batch_idx: int) -> dict[str, Any]:
-        """Each candidate's user row, item row and, by task, probability (float64); all (N,) on the CPU."""
-        logits = self(batch)
-        sequence_N = batch.layout.sequence_T[candidate_places(batch)]
+        """Each candidate's user row, item row and, by task, probability (float64); all (N,) on the CPU.
+
+        With `top_k` instead what `TopKWriter` takes, the best of each sample first: ``sample_ids`` (B,), ``user_rows``
+        (B,), ``timestamps`` (B,), the first candidate's, where the data has times, ``item_rows`` (B, K) and ``scores``
+        (B, K), the probabilities of `top_k_task`. Equal ones are in the order of item rows; where there are fewer
+        candidates, rows are -1 and scores -inf.
+        """
+        logits, places_N = self(batch), candidate_places(batch)
         contextual_T = (batch.kind_T == 0).cumsum(0)
-        places_N = candidate_places(batch)
-        items_N = batch.features["item_id"].values()[places_N - contextual_T[places_N]]
-        rows = {"user_rows": _users(batch)[sequence_N].cpu(), "item_rows": items_N.cpu()}
-        rows |= {name: rows_of(rows[name]) for name, rows_of in self._rows_of_keys.items()}
-        return rows | {"probabilities": {task: x.double().sigmoid().cpu() for task, x in logits.items()}}
+        items_N = batch.features["item_id"].values()[places_N - contextual_T[places_N]].cpu()
+        items_N = self._rows_of_keys["item_rows"](items_N) if "item_rows" in self._rows_of_keys else items_N
+        users_B = _users(batch).cpu()
+        users_B = self._rows_of_keys["user_rows"](users_B) if "user_rows" in self._rows_of_keys else users_B
+        counts_B = batch.token_counts_B4[:, TokenKind.CANDIDATE]
+        probabilities = {task: x.double().sigmoid().cpu() for task, x in logits.items()}
+        if self.top_k is None:
+            rows_N = torch.repeat_interleave(users_B, counts_B)
+            return {"user_rows": rows_N, "item_rows": items_N, "probabilities": probabilities}
+        assert self.features is not None
+        scores_N = probabilities[self.top_k_task or self.features.tasks[0]]
+        items_BK, scores_BK = best_candidates(scores_N, items_N, counts_B, self.top_k)
+        found = {"sample_ids": batch.sample_ids_B, "user_rows": users_B, "item_rows": items_BK, "scores": scores_BK}
+        if batch.timestamps_T is not None:
+            first_B = counts_B.cumsum(0) - counts_B
+            found["timestamps"] = torch.zeros(batch.num_sequences, dtype=torch.int64)
+            found["timestamps"][counts_B > 0] = batch.timestamps_T[places_N].cpu()[first_B[counts_B > 0]]
+        return found
 
 
 def _users(batch: SequenceBatch) -> Tensor:

@@ -1,8 +1,10 @@
 // HSTU attention over jagged sequences on a CPU: forward and backward in tiles held in registers, nothing padded.
 //
-// One task is a head of a sequence. Its keys and values are packed once into panels of NR columns; then row groups of
-// MR queries pass over the panels that they see. Scores exist for one block of rows at a time only. The backward pass
-// computes them again. Tasks are given to threads by a rule that depends on sizes alone, so sums repeat bit for bit.
+// One task is a head of a sequence. Its keys and values are packed into panels of NR columns; then row groups of MR
+// queries pass over the panels that they see. The forward pass packs and passes a few hundred columns at a time, which
+// stay in the cache and need little memory, where the weights do not compete. Scores exist for one block of rows at a
+// time only. The backward pass computes them again. Tasks are given to threads by a rule that depends on sizes alone, so
+// sums repeat bit for bit.
 
 #include <omp.h>
 
@@ -29,6 +31,7 @@ constexpr int LANES = 4, MR = 6;
 #endif
 constexpr int NR = 2 * LANES;                 // columns of a panel: two vectors
 constexpr int FORWARD_PANELS = 256 / NR;      // columns whose scores are held at once
+constexpr int PACKED_PANELS = 128 / NR;       // columns whose keys and values are packed at once
 constexpr int BACKWARD_PANELS = 256 / NR;
 constexpr int BACKWARD_ROWS = 48 / MR * MR;
 
@@ -550,32 +553,62 @@ struct Row {
   }
 };
 
-void forward(const Head& head, Scratch& scratch) {
+// Of some runs, what lies among the panels p0 ... p1 - 1.
+int within(int64_t p0, int64_t p1, Run* runs, int count) {
+  int kept = 0;
+  for (int run = 0; run < count; ++run) {
+    const Run found = {std::max(runs[run].first, p0), std::min(runs[run].last, p1), std::min(runs[run].end, p1 * NR)};
+    if (found.first < found.last) runs[kept++] = found;
+  }
+  return kept;
+}
+
+// Buffers of the forward pass: the packed columns, then the scores and results of a row group.
+struct Forward {
+  int64_t at_once, packed;  // panels whose scores are held, and that are packed
+  float *k_tokens, *v_features, *scores, *out;
+
+  Forward(const Head& head, Scratch& scratch) {
+    const Arguments& x = head.x;
+    const int64_t v_panels = ceil_div(x.v_dim, NR), all = std::max<int64_t>(head.num_panels, 1);
+    at_once = x.softmax ? all : FORWARD_PANELS, packed = x.softmax ? all : std::min<int64_t>(all, PACKED_PANELS);
+    scratch.reserve(packed * NR * (x.qk_dim + v_panels * NR) + MR * (at_once + v_panels) * NR, 4);
+    k_tokens = scratch.take(packed * NR * x.qk_dim);
+    v_features = scratch.take(packed * NR * v_panels * NR);
+    scores = scratch.take(MR * at_once * NR);
+    out = scratch.take(MR * v_panels * NR);
+  }
+};
+
+// Adds to the results of all rows what they see of the packed panels p0 ... p1 - 1.
+void forward_packed(const Head& head, const Keys& keys, const Forward& buffers, int64_t p0, int64_t p1) {
   const Arguments& x = head.x;
   const int64_t D = x.qk_dim, V = x.v_dim, v_panels = ceil_div(V, NR), ldo = v_panels * NR;
-  const int64_t at_once = x.softmax ? std::max<int64_t>(head.num_panels, 1) : FORWARD_PANELS, lds = at_once * NR;
-  scratch.reserve(head.num_panels * NR * D + v_panels * head.num_k * NR + MR * (lds + ldo), 4);
-  float* k_tokens = scratch.take(head.num_panels * NR * D);
-  float* v_features = scratch.take(v_panels * head.num_k * NR);
-  float* scores = scratch.take(MR * lds);
-  float* out = scratch.take(MR * ldo);
-  pack_tokens(k_tokens, head.k, x.k_token, head.num_k, D);
-  pack_features(v_features, head.v, x.v_token, head.num_k, V);
-  const Keys keys(head);
+  const int64_t at_once = buffers.at_once, lds = at_once * NR;
+  const int64_t c0 = p0 * NR, columns = std::min(p1 * NR, head.num_k) - c0;
+  const bool is_first = p0 == 0, is_last = p1 == head.num_panels;
+  float *k_tokens = buffers.k_tokens, *v_features = buffers.v_features, *scores = buffers.scores, *out = buffers.out;
+  pack_tokens(k_tokens, head.k + c0 * x.k_token, x.k_token, columns, D);
+  pack_features(v_features, head.v + c0 * x.v_token, x.v_token, columns, V);
 
   for (int64_t i0 = 0; i0 < head.num_q; i0 += MR) {
     const int64_t m = std::min<int64_t>(MR, head.num_q - i0);
-    std::fill(out, out + m * ldo, 0.0f);
     float totals[MR] = {}, highest[MR];
     Run runs[3];
-    const int num_runs = head.runs(i0, i0 + m, runs);
+    const int num_runs = within(p0, p1, runs, head.runs(i0, i0 + m, runs));
+    if (!num_runs && !is_first && !is_last) continue;
+    std::fill(out, out + m * ldo, 0.0f);
+    for (int64_t r = 0; r < m && !is_first; ++r) {
+      std::copy_n(x.out + ((head.q0 + i0 + r) * x.num_heads + head.h) * V, V, out + r * ldo);
+    }
     if (x.softmax) {
       // The weights compete, so all of a row's scores are needed before any; they lie one run after the other.
       std::fill(highest, highest + m, -INFINITY);
       int64_t at = 0;
       for (int run = 0; run < num_runs; ++run) {
         for (int64_t panel = runs[run].first; panel < runs[run].last; ++panel, at += NR) {
-          TILES.of_rows[m](scores + at, lds, head.q + i0 * x.q_token, x.q_token, 1, k_tokens + panel * D * NR, D, false);
+          TILES.of_rows[m](scores + at, lds, head.q + i0 * x.q_token, x.q_token, 1,
+                           k_tokens + (panel - p0) * D * NR, D, false);
           for (int64_t r = 0; r < m; ++r) {
             const Row row(head, keys, i0 + r);
             float* place = scores + r * lds + at;
@@ -606,7 +639,7 @@ void forward(const Head& head, Scratch& scratch) {
       for (int run = 0; run < num_runs; ++run) {
         const int64_t j0 = runs[run].first * NR, count = runs[run].end - j0;
         for (int64_t panel = 0; panel < v_panels; ++panel) {
-          TILES.of_rows[m](out + panel * NR, ldo, scores + at, lds, 1, v_features + (panel * head.num_k + j0) * NR,
+          TILES.of_rows[m](out + panel * NR, ldo, scores + at, lds, 1, v_features + (panel * columns + j0 - c0) * NR,
                            count, true);
         }
         at += (runs[run].last - runs[run].first) * NR;
@@ -617,7 +650,7 @@ void forward(const Head& head, Scratch& scratch) {
           const int64_t last = std::min(first + at_once, runs[run].last), j0 = first * NR;
           for (int64_t panel = first; panel < last; ++panel) {
             TILES.of_rows[m](scores + (panel - first) * NR, lds, head.q + i0 * x.q_token, x.q_token, 1,
-                             k_tokens + panel * D * NR, D, false);
+                             k_tokens + (panel - p0) * D * NR, D, false);
           }
           for (int64_t r = 0; r < m; ++r) {
             const Row row(head, keys, i0 + r);
@@ -632,17 +665,28 @@ void forward(const Head& head, Scratch& scratch) {
           }
           const int64_t count = std::min(last * NR, runs[run].end) - j0;
           for (int64_t panel = 0; panel < v_panels; ++panel) {
-            TILES.of_rows[m](out + panel * NR, ldo, scores, lds, 1, v_features + (panel * head.num_k + j0) * NR, count,
-                             true);
+            TILES.of_rows[m](out + panel * NR, ldo, scores, lds, 1, v_features + (panel * columns + j0 - c0) * NR,
+                             count, true);
           }
         }
       }
     }
     for (int64_t r = 0; r < m; ++r) {
-      const float factor = x.softmax ? (totals[r] > 0 ? 1 / totals[r] : 0.0f) : head.scale;
+      const float factor = x.softmax ? (totals[r] > 0 ? 1 / totals[r] : 0.0f) : is_last ? head.scale : 1.0f;
       write(x.out + ((head.q0 + i0 + r) * x.num_heads + head.h) * V, out + r * ldo, factor, V, x.num_heads * V);
     }
   }
+}
+
+void forward(const Head& head, Scratch& scratch) {
+  const Keys keys(head);
+  const Forward buffers(head, scratch);
+  int64_t p0 = 0;
+  do {  // once where there are no keys, for the zeros
+    const int64_t p1 = std::min(p0 + buffers.packed, head.num_panels);
+    forward_packed(head, keys, buffers, p0, p1);
+    p0 = p1;
+  } while (p0 < head.num_panels);
 }
 
 // `d_time` has eight copies of each bucket, which are zero before and after: a bucket may be that of every pair, too many
