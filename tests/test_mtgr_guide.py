@@ -16,7 +16,7 @@ from lightning_gr import recipes
 from tests.test_readme import ROOT, run, shell
 
 TEXT = (ROOT / "docs" / "mtgr.md").read_text()
-LINES = "\n".join(re.findall(r"^```bash\n(.*?)^```", TEXT, re.M | re.S)).splitlines()
+LINES = "".join(re.findall(r"^```bash\n(.*?)^```", TEXT, re.M | re.S)).splitlines()
 SIZES = ("num_users=600, mean_exposures=120, request_size=50", "num_users=60, mean_exposures=60, request_size=50")
 STEPS = ["python", "prepare", "mask", "fit", "test", "predict", "compare"]
 pytestmark = pytest.mark.slow
@@ -72,7 +72,7 @@ def test_test_and_predict_after_fit(folder: Path) -> None:
         for metric in ("AUC", "GAUC", "NE", "calibration"):
             assert f"test/{task}/{metric}" in said
     run(step("predict"), folder)
-    parts = sorted(folder.rglob("part-*.parquet"))
+    parts = sorted(folder.rglob("predictions/part-*.parquet"))
     assert len(parts) == 2
     found = pl.concat([pl.read_parquet(part) for part in parts])
     log = pl.read_csv(folder / "log.csv")

@@ -26,6 +26,8 @@ ALLOWED = (
     "lightning_gr.callbacks",
     "lightning_gr.data",
     "lightning_gr.embeddings",
+    "lightning_gr.feature_config",
+    "lightning_gr.FeatureConfig",  # as configurations spell it
     "lightning_gr.layers",
     "lightning_gr.metrics",
     "lightning_gr.models",

@@ -230,6 +230,17 @@ def test_a_recipe_in_an_export_is_built(export: Path) -> None:
     assert type(cli.model).__name__ == "RetrievalModule"
 
 
+def test_features_are_built_as_a_run_saves_them(export: Path) -> None:
+    recipe = yaml.safe_load(recipes.path("mtgr/exposures").read_text())
+    settings = recipe["data"]["init_args"]
+    settings["features"] = [{"class_path": "lightning_gr.FeatureConfig", "init_args": x} for x in settings["features"]]
+    file = export / "config.yaml"
+    file.write_text(yaml.safe_dump(recipe))
+    words = ["--trainer.strategy=auto", "--trainer.devices=1", "--trainer.logger=false"]
+    cli = Parsed(args=["fit", "--config", str(file), *words])
+    assert [x.name for x in cli.datamodule.chosen_features] == [x["init_args"]["name"] for x in settings["features"]]
+
+
 def test_where_nothing_is_trusted(tmp_path: Path) -> None:
     checkpoint = tmp_path / "last.ckpt"
     deep = checkpoint / "a" / "b" / "c"
