@@ -7,10 +7,12 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import yaml  # type: ignore[import-untyped]  # it comes with jsonargparse
 from jsonargparse import ActionConfigFile
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.trainer.states import TrainerStatus
@@ -48,12 +50,31 @@ class RecipeAction(ActionConfigFile):
     @override
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         source = resolve_config(values)
+        _forget_lists(cfg, source)
         try:
             super().__call__(parser, cfg, source, option_string)
         except (TypeError, ValueError, argparse.ArgumentError) as error:
             if is_denied(str(error)):
                 raise  # Trust knows which file it was
             raise UserError(boil_config(str(error), str(values), parser)) from error
+
+
+def _forget_lists(cfg: Any, source: str) -> None:
+    """Lets a list in a file replace the one before it: jsonargparse would merge items of equal place and type."""
+    file = Path(source)
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8") if file.is_file() else source)
+    except (OSError, ValueError, yaml.YAMLError):
+        return  # whoever parses it says why
+
+    def walk(value: Any, key: str) -> None:
+        if isinstance(value, dict):
+            for name, each in value.items():
+                walk(each, f"{key}.{name}" if key else str(name))
+        elif isinstance(value, list) and isinstance(cfg.get(key), list):
+            cfg[key] = None
+
+    walk(content, "")
 
 
 class GRCLI(LightningCLI):

@@ -301,6 +301,7 @@ class HSTUEncoder(nn.Module):
         request_times_T: Tensor | None = None,
         positions_T: Tensor | None = None,
         groups_T: Tensor | None = None,
+        num_positions: int | None = None,
     ) -> Tensor:
         """Encodes the tokens of jagged sequences.
 
@@ -314,29 +315,35 @@ class HSTUEncoder(nn.Module):
             positions_T: int64 position of each token, 0 ... `max_length` - 1, where it is not its place in its
                 sequence: a candidate's is the moment it is shown at.
             groups_T: int64 norm group of each token, 0 ... `num_norm_groups` - 1; None where there is one group.
+            num_positions: positions that a sequence has at most, where `positions_T` gives several tokens the same one:
+                any number of candidates share theirs. None means the longest sequence's tokens.
 
         Returns:
             (T, D).
 
         Raises:
-            ValueError: a sequence is longer than `max_length`, or `x_TD` does not fit the layout and `dim`.
+            ValueError: a sequence has more positions than `max_length`, or `x_TD` does not fit the layout and `dim`.
         """
-        x_TD = self.entered(x_TD, layout=layout, positions_T=positions_T)
+        x_TD = self.entered(x_TD, layout=layout, positions_T=positions_T, num_positions=num_positions)
         inputs: dict[str, Any] = {"layout": layout, "mask": mask, "times_T": times_T}
         inputs |= {"request_times_T": request_times_T, "positions_T": positions_T, "groups_T": groups_T}
         for layer in self.layers:
             x_TD = recomputed(layer, x_TD, **inputs) if self.recompute else layer(x_TD, **inputs)
         return x_TD
 
-    def entered(self, x_TD: Tensor, *, layout: JaggedLayout, positions_T: Tensor | None) -> Tensor:
+    def entered(
+        self, x_TD: Tensor, *, layout: JaggedLayout, positions_T: Tensor | None, num_positions: int | None = None
+    ) -> Tensor:
         """Tokens as the first layer takes them: checked, with their input positions, and with dropout."""
         if x_TD.shape != (layout.num_tokens, self.dim):
             raise ValueError(
                 f"x_TD: expected ({layout.num_tokens} tokens, dim={self.dim}), got shape {tuple(x_TD.shape)}"
             )
-        if layout.max_length > self.max_length:
+        longest = layout.max_length if num_positions is None else num_positions
+        if longest > self.max_length:
+            counted = "tokens" if num_positions is None else "positions, its candidates counted as one"
             raise ValueError(
-                f"max_length={self.max_length}: a sequence has {layout.max_length} tokens; raise the encoder's "
+                f"max_length={self.max_length}: a sequence has {longest} {counted}; raise the encoder's "
                 "max_length or lower the data's"
             )
         if self.position_PD is not None:

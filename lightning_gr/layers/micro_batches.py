@@ -34,6 +34,7 @@ def encode_candidates(
     request_times_T: Tensor | None = None,
     positions_T: Tensor | None = None,
     groups_T: Tensor | None = None,
+    num_positions: int | None = None,
 ) -> Tensor:
     """The candidates' rows of `HSTUEncoder.forward`, for scoring: the same numbers, without gradients.
 
@@ -51,6 +52,7 @@ def encode_candidates(
         request_times_T: times of the requests.
         positions_T: positions.
         groups_T: groups of the norms.
+        num_positions: positions of a sequence at most.
 
     Returns:
         (N, D).
@@ -60,7 +62,7 @@ def encode_candidates(
     """
     if micro_batch < 1:
         raise ValueError(f"micro_batch={micro_batch}: expected at least 1")
-    x_TD = encoder.entered(x_TD, layout=layout, positions_T=positions_T)
+    x_TD = encoder.entered(x_TD, layout=layout, positions_T=positions_T, num_positions=num_positions)
     history, candidates, num_keys = _cut(layout, num_candidates_B, micro_batch)
     keys = _Keys(num_keys, times_T, layout.position_T if positions_T is None else positions_T)
     for rows in history:

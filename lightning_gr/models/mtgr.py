@@ -37,7 +37,8 @@ class MTGR(nn.Module):
         dim: model width.
         num_layers: HSTU blocks.
         num_heads: heads a block.
-        max_length: longest sample in tokens; its inverse is the scale of the attention, unless `scale` says it.
+        max_length: most tokens of a sample, all its candidates counted as one; its inverse is the scale of the
+            attention, unless `scale` says it.
         dropout: on the input and on each block's output.
         time_bias: whether attention has a bias by time difference.
         position_bias: whether attention has a bias by how many events lie between; or `recency`, by which heads look at
@@ -119,6 +120,8 @@ class MTGR(nn.Module):
             "times_T": batch.timestamps_T,
             "positions_T": moments(batch, earlier_T) if self.position_bias else None,
             "groups_T": batch.kind_T if self.group_norm else None,
+            # Candidates stand at moments of the history or behind it, however many they are.
+            "num_positions": int(batch.token_counts_B4[:, : TokenKind.CANDIDATE].sum(1).max()) + 1,
         }
 
     @override

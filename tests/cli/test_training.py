@@ -10,6 +10,7 @@ from typing import Literal
 import lightning.pytorch as pl
 import pytest
 import torch
+import yaml
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
@@ -227,9 +228,10 @@ def _parse(monkeypatch: pytest.MonkeyPatch, *args: str) -> GRCLI:
 @pytest.mark.recipe
 @pytest.mark.parametrize("name", recipes.ls())
 def test_every_recipe_parses_and_flags_win(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    below = ["--config", "mtgr/exposures"] if "/ablations/" in name else []
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text("trainer:\n  max_epochs: 17\n  max_steps: 5\n")
-    cli = _parse(monkeypatch, "fit", "--config", name, "--config", str(overlay), "--trainer.max_steps", "7")
+    cli = _parse(monkeypatch, "fit", *below, "--config", name, "--config", str(overlay), "--trainer.max_steps", "7")
     assert cli.config.fit.model.class_path.startswith("lightning_gr.models.")
     assert cli.config.fit.trainer.max_epochs == 17
     assert cli.config.fit.trainer.max_steps == 7
@@ -280,3 +282,19 @@ def test_private_names_are_still_there() -> None:
             # What a constructor sets is not on the class; the parser's options are such.
             found = getattr(found, part) if hasattr(found, part) else getattr(found(), part)
         assert reason
+
+
+def test_a_list_in_a_further_file_replaces_the_one_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    lists = ("[{name: a, group: candidate, dim: 3}, {name: b, group: candidate}]", "[{name: b}, {name: a, dim: 5}]")
+    for name, features in zip(("one", "two"), lists, strict=True):
+        Path(f"{name}.yaml").write_text(f"data:\n  init_args:\n    features: {features}\n")
+    words = ["fit", "--config=mtgr/tiny", "--config=one.yaml", "--config=two.yaml", "--print_config"]
+    with pytest.raises(SystemExit):
+        main(words)
+    settings = yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]
+    found = [{key: value for key, value in each.items() if value is not None} for each in settings["features"]]
+    assert found == [{"name": "b"}, {"name": "a", "dim": 5}]
+    assert settings["cross_task"] == "click"

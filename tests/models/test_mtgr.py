@@ -237,3 +237,22 @@ def test_recompute_gives_the_same_gradients_to_the_bit_under_dropout(mask: Any, 
 def test_a_mask_without_a_name_is_refused() -> None:
     with pytest.raises(ValueError, match="mask='dynamc': expected one of dynamic, static, causal"):
         MTGR(mask="dynamc")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("micro_batch", [None, 7])
+def test_any_number_of_candidates_share_one_position(micro_batch: int | None) -> None:
+    rng = np.random.default_rng(3)
+    network = make_mtgr(max_length=12).eval()
+    wide = draw_sample(rng, 5, 4, 40)
+    alone = [Sample(wide.user, wide.city, wide.static, wide.realtime, (x,)) for x in wide.candidates]
+
+    def states(samples: list[Sample]) -> Tensor:
+        batch = collate(samples)
+        with torch.no_grad():
+            if micro_batch is None:
+                return network(embed(batch), batch)
+            return network.in_micro_batches(embed(batch), batch, micro_batch)
+
+    torch.testing.assert_close(states([wide]), states(alone), rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match="max_length=12: a sequence has 13 positions, its candidates counted as one"):
+        states([draw_sample(rng, 6, 4, 1)])
