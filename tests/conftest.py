@@ -23,6 +23,13 @@ MOST_KEPT = 4
 """Ranks of the largest pool that is kept: threads of gloo cost time where they wait, too."""
 
 
+PLACE_IN_A_RUN = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "NODE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"),
+    *("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"),
+)
+"""Variables by which a process finds its run; a run that a test made in this process leaves some behind."""
+
+
 def _load(file: str) -> Any:
     # Folders have files of the same name.
     name = "gloo_job_" + os.path.relpath(file, os.path.dirname(__file__)).removesuffix(".py").replace(os.sep, "_")
@@ -70,6 +77,14 @@ def _work(rank: int, world_size: int, port: int, pipe: Any) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Guides and the wheel first: few tests that take long, for which one worker would be waited for at the end."""
     items.sort(key=lambda item: os.path.dirname(item.path) != os.path.dirname(__file__))
+
+
+@pytest.fixture(autouse=True)
+def _no_run_left_behind() -> Iterator[None]:
+    """Takes back what a run in this process said of its place, or the next process would look for its port."""
+    yield
+    for name in PLACE_IN_A_RUN:
+        os.environ.pop(name, None)
 
 
 class GlooPool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import multiprocessing
 import pickle
@@ -332,7 +333,10 @@ def test_a_store_that_cannot_be_written_to_keeps_the_index_in_memory(
     def refuse(*_: Any, **__: Any) -> None:
         raise PermissionError(13, "Read-only file system")
 
-    with monkeypatch.context() as patched, caplog.at_level("INFO"):
+    name = "lightning_gr.data.window_index"
+    with monkeypatch.context() as patched, caplog.at_level("INFO", logger=name):
+        # Libraries that configure logging, in a test before this one, disable the loggers that they find.
+        patched.setattr(logging.getLogger(name), "disabled", False)
         patched.setattr(WindowIndex, "save", refuse)
         found = window_index(store, settings_, "train", requests=False)
     assert "stays in memory" in caplog.text

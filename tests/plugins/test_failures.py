@@ -93,9 +93,7 @@ def members(session: int) -> list[str]:
 
 def run(misfortune: str, folder: Path) -> tuple[int, str, float]:
     """Exit status, all output, and seconds from the misfortune to the end of the last process."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in names}
-    environment |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     with (folder / "output").open("w") as output:
         process = subprocess.Popen(
             [sys.executable, __file__, misfortune, str(folder / "met")],
