@@ -25,6 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, get_args
 
@@ -125,6 +126,7 @@ def torchrec_step(data: list[Tensor], weights: Tensor, *, dedup: bool = False) -
         num_local=dist.get_world_size(),
         dynamic_optimizer=SparseOptimizerConfig(),
         seed=0,
+        timeout=timedelta(minutes=5),
         dedup=dedup,
     )
     env = ShardingEnv.from_process_group(group)

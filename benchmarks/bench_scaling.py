@@ -24,7 +24,6 @@ a latency at least, by a wait that sleeps. The share of the time this adds to a 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import sys
 import tempfile
@@ -37,7 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from gloo_processes import be_a_rank, free_port
+from gloo_processes import World, cores_of_two
 from reporting import commit, device, publish
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -189,47 +188,6 @@ def train(
     }
 
 
-def work(rank: int, world_size: int, port: int, core: int, pipe: Any) -> None:
-    """One process: trains what it is told to, until the other end of the pipe is closed."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, {core})
-    be_a_rank(rank, world_size, port)
-    try:
-        while True:
-            args, kwargs = pipe.recv()
-            pipe.send(train(*args, **kwargs))
-    except EOFError:
-        pass
-
-
-class World:
-    """Processes that train together, one on each of these cores."""
-
-    def __init__(self, cores: list[int]) -> None:
-        context = multiprocessing.get_context("spawn")
-        port = free_port()
-        self.pipes = []
-        for rank, core in enumerate(cores):
-            own, other = context.Pipe()
-            context.Process(target=work, args=(rank, len(cores), port, core, other), daemon=True).start()
-            other.close()
-            self.pipes.append(own)
-
-    def start(self, *args: Any, **kwargs: Any) -> None:
-        """Starts `train` in each process."""
-        for pipe in self.pipes:
-            pipe.send((args, kwargs))
-
-    def results(self) -> list[dict[str, Any]]:
-        """What each returned, by rank."""
-        return [pipe.recv() for pipe in self.pipes]
-
-    def train(self, *args: Any, **kwargs: Any) -> list[dict[str, Any]]:
-        """Starts `train` in each process and waits for it."""
-        self.start(*args, **kwargs)
-        return self.results()
-
-
 def processor_time() -> Array:
     """Time of all cores since the start of the machine: all of it, and what its host gave to others meanwhile."""
     stat = Path("/proc/stat")
@@ -346,14 +304,13 @@ def main() -> None:
     args = parser.parse_args()
     repeats, steps, sequences = (1, 8, 4) if args.quick else (args.repeats, args.steps, SEQUENCES)
     os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
-    cores = [cores[0], cores[1 % len(cores)]]
     print(f"{device()}; commit {commit()}; torch {torch.__version__}; 1 core a process, gloo")
     print(f"HSTU of {LAYERS} layers, {DIM} wide; log-normal lengths, mean about {MEAN}, at most {CAP} tokens")
     with tempfile.TemporaryDirectory() as folder:
         logs = write_logs(folder, steps, sequences)
         tokens = sequences * MEAN
-        pair, singles = World(cores), [World([core]) for core in cores]
+        cores = cores_of_two()
+        pair, singles = World(cores, train), [World([core], train) for core in cores]
         before = processor_time()
         result: dict[str, Any] = {"latency_ms": args.latency * 1e3, "repeats": repeats}
         result |= balance_and_scaling(pair, singles, logs, repeats, tokens)
