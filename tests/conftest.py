@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 
+from tests.forked_command import PRELOADED
+
 GPUS = int(os.environ.get("LIGHTNING_GR_TEST_GPUS", "0"))
 """GPUs, one a rank, over NCCL, as multi_gpu.sh sets it; 0 means ranks on the CPU over gloo."""
-
-PRELOADED = ["lightning.pytorch", "torchrec", "lightning_gr.plugins", "lightning_gr.plugins.dynamic_sharding"]
-"""What processes of tests have imported when they start."""
 
 MOST_KEPT = 4
 """Ranks of the largest pool that is kept: threads of gloo cost time where they wait, too."""

@@ -10,6 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 
+from tests.forked_command import run_command
 from tests.test_readme import ROOT, run, shell
 
 TEXT = (ROOT / "docs" / "features.md").read_text()
@@ -71,12 +72,11 @@ def test_from_declared_features_to_scores(folder: Path) -> None:
 
 
 def test_what_is_wrong_is_said_in_one_line(folder: Path) -> None:
-    import subprocess
 
     (folder / "wrong.yaml").write_text(FILES["features.yaml"].replace("name: affinity", "name: afinity"))
     command = [*words(COMMANDS[1].replace("features.yaml", "wrong.yaml")), "--trainer.devices=1"]
     env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=300)
+    done = run_command(command, cwd=folder, env=env)
     assert done.returncode != 0
     assert "features.afinity: the store shop has no such column" in done.stderr
     assert "did you mean affinity?" in done.stderr

@@ -17,9 +17,10 @@ import pytest
 import yaml
 
 from lightning_gr import recipes
-from lightning_gr.cli import compare, main
+from lightning_gr.cli import compare_asked, compare_runs, compare_statistics, main
 from lightning_gr.cli.errors import UserError
 from lightning_gr.data.synthetic import write_synthetic_log
+from tests.forked_command import run_command
 
 ROOT = Path(__file__).resolve().parents[2]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -29,7 +30,7 @@ COMPARE = ["compare", "one.yaml", "two.yaml", "--seeds", "2", "--json", "numbers
 
 def run(folder: Path, *words: str, code: int = 0) -> str:
     command = [sys.executable, "-m", "lightning_gr", *words]
-    done = subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True, timeout=300)
+    done = run_command(command, cwd=folder, env=ENV)
     assert done.returncode == code, done.stdout + done.stderr
     assert "Traceback" not in done.stderr
     return done.stdout + done.stderr
@@ -177,68 +178,70 @@ def test_told_to_stop_it_leaves_no_process(folder: Path) -> None:
 def test_what_decides_a_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "recipe.yaml"
     file.write_text("a")
-    first = compare._fingerprint([file], ["--x=1"], 1)
-    assert compare._fingerprint([file], ["--x=1"], 1) == first
-    others = [compare._fingerprint([file], ["--x=2"], 1), compare._fingerprint([file], ["--x=1"], 2)]
+    first = compare_runs.fingerprint([file], ["--x=1"], 1)
+    assert compare_runs.fingerprint([file], ["--x=1"], 1) == first
+    others = [compare_runs.fingerprint([file], ["--x=2"], 1), compare_runs.fingerprint([file], ["--x=1"], 2)]
     monkeypatch.setenv("LIGHTNING_GR_FIT__TRAINER__MAX_EPOCHS", "5")
-    others.append(compare._fingerprint([file], ["--x=1"], 1))
+    others.append(compare_runs.fingerprint([file], ["--x=1"], 1))
     monkeypatch.undo()
+    file.write_text("# a comment at the head\n# Expected: nothing\na")
+    assert compare_runs.fingerprint([file], ["--x=1"], 1) == first
     file.write_text("b")
-    others.append(compare._fingerprint([file], ["--x=1"], 1))
+    others.append(compare_runs.fingerprint([file], ["--x=1"], 1))
     assert len({first, *others}) == 5
 
 
 def test_quantiles_of_student() -> None:
     # Closed forms of one and two degrees of freedom, then printed tables.
-    assert compare.t_quantile(1) == pytest.approx(math.tan(0.475 * math.pi), rel=1e-12)
-    assert compare.t_quantile(2) == pytest.approx(math.sqrt(2 * 0.95**2 / (1 - 0.95**2)), rel=1e-12)
+    assert compare_statistics.t_quantile(1) == pytest.approx(math.tan(0.475 * math.pi), rel=1e-12)
+    assert compare_statistics.t_quantile(2) == pytest.approx(math.sqrt(2 * 0.95**2 / (1 - 0.95**2)), rel=1e-12)
     for freedom, t in ((3, 3.182446305), (4, 2.776445105), (9, 2.262157163), (30, 2.042272456), (120, 1.979930405)):
-        assert compare.t_quantile(freedom) == pytest.approx(t, abs=1e-8)
-    assert compare.t_quantile(7, 0.99) == pytest.approx(3.499483297, abs=1e-8)
+        assert compare_statistics.t_quantile(freedom) == pytest.approx(t, abs=1e-8)
+    assert compare_statistics.t_quantile(7, 0.99) == pytest.approx(3.499483297, abs=1e-8)
     # The density, integrated.
     for freedom in (1, 5, 6, 19):
-        x = np.linspace(0, compare.t_quantile(freedom, 0.9), 20001)
+        x = np.linspace(0, compare_statistics.t_quantile(freedom, 0.9), 20001)
         scale = math.gamma((freedom + 1) / 2) / math.gamma(freedom / 2) / math.sqrt(freedom * math.pi)
         density = scale * (1 + x**2 / freedom) ** (-(freedom + 1) / 2)
         assert 2 * x[1] * (density.sum() - (density[0] + density[-1]) / 2) == pytest.approx(0.9, abs=1e-7)
 
 
 def test_intervals_and_paired_differences() -> None:
-    found = compare.interval([1.0, 2.0, 6.0])
+    found = compare_statistics.interval([1.0, 2.0, 6.0])
     assert found.mean == 3.0
     # Deviations -2, -1, 3: variance 7, so the half width is 4.3027 times the root of 7 / 3.
     assert found.half_width == pytest.approx(4.302652730 * math.sqrt(7 / 3), rel=1e-8)
     assert found.lower == pytest.approx(3.0 - 6.572399, abs=1e-4)
     assert f"{found:+.4f}" == "+3.0000 ± 6.5724"
-    alone = compare.interval([0.5])
+    alone = compare_statistics.interval([0.5])
     assert (alone.half_width, alone.lower, f"{alone:.4f}") == (None, None, "0.5000")
-    assert math.isnan(compare.interval([1.0, math.nan]).half_width or 0.0)
-    differences = compare.paired({1: 0.5, 2: 0.75, 3: 1.0}, {3: 0.5, 1: 0.25, 4: 9.0})
+    assert math.isnan(compare_statistics.interval([1.0, math.nan]).half_width or 0.0)
+    differences = compare_statistics.paired({1: 0.5, 2: 0.75, 3: 1.0}, {3: 0.5, 1: 0.25, 4: 9.0})
     assert differences == {1: 0.25, 3: 0.5}
     # The means lie far inside each other's intervals; seed by seed the second one is better.
     base, better = {1: 0.1, 2: 0.5, 3: 0.9}, {1: 0.11, 2: 0.512, 3: 0.911}
-    lower = compare.interval(list(compare.paired(better, base).values())).lower
+    lower = compare_statistics.interval(list(compare_statistics.paired(better, base).values())).lower
     assert lower is not None
     assert lower > 0
-    assert compare.interval(list(better.values())).lower < base[1]  # type: ignore[operator]
+    assert compare_statistics.interval(list(better.values())).lower < base[1]  # type: ignore[operator]
 
 
 def test_seeds_and_names(tmp_path: Path) -> None:
-    assert compare.parse_seeds("3") == [1, 2, 3]
-    assert compare.parse_seeds("7, 8,9") == [7, 8, 9]
-    assert compare.parse_seeds("7,") == [7]
+    assert compare_asked.parse_seeds("3") == [1, 2, 3]
+    assert compare_asked.parse_seeds("7, 8,9") == [7, 8, 9]
+    assert compare_asked.parse_seeds("7,") == [7]
     for name in ("a/x.yaml", "b/x.yaml", "y.yaml"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("seed_everything: 1\n")
     given = [*(str(tmp_path / name) for name in ("a/x.yaml", "b/x.yaml", "y.yaml")), "hstu/tiny"]
     given.append(f"{given[0]}+{given[2]}")
-    found = compare._contenders(given)
+    found = compare_asked.contenders(given)
     assert [x.name for x in found] == ["a/x", "b/x", "y", "hstu/tiny", "a/x+y"]
     assert found[-1].files == ((tmp_path / "a/x.yaml").resolve(), (tmp_path / "y.yaml").resolve())
     (tmp_path / "c+d.yaml").write_text("seed_everything: 1\n")
-    assert [x.name for x in compare._contenders([str(tmp_path / "c+d.yaml")])] == ["c+d"]
+    assert [x.name for x in compare_asked.contenders([str(tmp_path / "c+d.yaml")])] == ["c+d"]
     with pytest.raises(UserError, match="is there twice"):
-        compare._contenders(["hstu/tiny", "hstu/tiny.yaml"])
+        compare_asked.contenders(["hstu/tiny", "hstu/tiny.yaml"])
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ from lightning_gr.cli.resume_check_compare import KINDS, TOLERANCE, Difference, 
 from lightning_gr.cli.resume_check_process import FINAL, Said
 from lightning_gr.cli.resume_check_runs import Runs
 from lightning_gr.data.synthetic import write_synthetic_log
+from tests.forked_command import run_command
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
@@ -69,13 +70,10 @@ class Fault(pl.Callback):
 def command(folder: Path, *words: str, code: int = 0) -> tuple[str, Any]:
     """What it says, and the object in its last line."""
     found = [str(ROOT), str(folder), os.environ.get("PYTHONPATH", "")]
-    done = subprocess.run(
+    done = run_command(
         [sys.executable, "-m", "lightning_gr", "resume-check", *words, "--json"],
         cwd=folder,
         env={**ENV, "PYTHONPATH": os.pathsep.join(found)},
-        capture_output=True,
-        text=True,
-        timeout=300,
     )
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout, json.loads(done.stdout.splitlines()[-1])

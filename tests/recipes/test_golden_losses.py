@@ -1,6 +1,6 @@
 """Losses of the tiny recipes over 50 steps, against committed ones: what changes them is seen.
 
-python tests/recipes/test_golden_losses.py writes them anew; say in the commit why they changed.
+python -m tests.recipes.test_golden_losses writes them anew; say in the commit why they changed.
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 import csv
 import json
 import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 import pytest
+
+from tests.forked_command import run_command
 
 GOLDEN = Path(__file__).with_name("golden_losses.json")
 RECIPES = {"hstu/tiny": "log", "mtgr/tiny": "store"}
@@ -50,7 +51,7 @@ def losses(recipe: str, path: Path, folder: Path) -> list[float]:
     words = [word for pair in settings.items() for word in pair]
     command = [sys.executable, "-m", "lightning_gr", "fit", "--config", recipe, *words]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    done = run_command(command, cwd=folder, env=env)
     assert done.returncode == 0, done.stderr
     with (folder / "csv" / "metrics.csv").open() as file:
         return [float(row["train/loss"]) for row in csv.DictReader(file) if row.get("train/loss")]

@@ -6,7 +6,6 @@ import csv
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 import yaml
 
 from lightning_gr import recipes
+from tests.forked_command import run_command
 
 BIG = ["mtgr/small", "mtgr/medium", "mtgr/large", "grm/4g", "grm/110g"]
 SMALL = Path(__file__).with_name("small_network.yaml")
@@ -103,7 +103,7 @@ def test_a_big_recipe_steps_with_a_small_network(name: str, store: Path, tmp_pat
     words += ["--trainer.max_steps", "2", "--trainer.logger", json.dumps(logger)]
     command = [sys.executable, "-m", "lightning_gr", "fit", *words]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    done = run_command(command, cwd=tmp_path, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     with (tmp_path / "csv" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
