@@ -1,7 +1,7 @@
 """A retrieval model with several tables whose parts can be had plainly or as lightning-gr has them, for bench_ablation.
 
 Shape suffixes: B sequences, T tokens, L longest sequence that is allowed, N labelled tokens, R negatives a label,
-K = 1 + R, U distinct items, D width.
+A negatives of other labels, K = 1 + R + A, U distinct items, D width.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from lightning_gr.embeddings.dynamic import DynamicTables
 from lightning_gr.layers import HSTUEncoder
 from lightning_gr.models.sequence_cost import causal
 from lightning_gr.negatives import UniformNegatives
+from lightning_gr.negatives.kept_rows import keep_rows
+from lightning_gr.negatives.logit_sharing import auxiliary_places, sharing_words
 from lightning_gr.ops.backend import use_backend
 from lightning_gr.ops.interval_mask import IntervalMask
 from lightning_gr.ops.jagged import JaggedLayout
-from lightning_gr.ops.sampled_softmax import sampled_logits
 
 TASK = "next_item"
 EVENT_FIELDS = ("author_id", "music_id", "tag", "video_type", "tab")
@@ -47,6 +48,8 @@ class Form:
         pipeline_depth: batches in flight ahead.
         sparse_update: of dynamic tables.
         own_negatives: of a label.
+        sharing: times as many negatives, those of other labels (TurboGR, equation 2).
+        half: whether rows of negatives are kept in 16 bit.
     """
 
     tables: Literal["torchrec", "dynamic"] = "torchrec"
@@ -57,6 +60,8 @@ class Form:
     pipeline_depth: int = 0
     sparse_update: Literal["sync", "semi_async"] = "sync"
     own_negatives: int = 64
+    sharing: int = 1
+    half: bool = False
 
 
 class Recommender(pl.LightningModule):
@@ -115,14 +120,17 @@ class Recommender(pl.LightningModule):
         names = ["item_id", *EVENT_FIELDS]
         ids = {name: (batch.features[name].values(), lengths_B) for name in names}
         first_N = torch.zeros(num_sequences, dtype=torch.int64)
-        draw = {"num_items": self.rows["item_id"], "seed": 1, "epoch": batch.epoch}
+        draw: dict[str, Any] = {"num_items": self.rows["item_id"], "seed": 1, "epoch": batch.epoch}
         if self.form.jagged:
-            negatives_NR = self.negatives.sample(
-                sample_ids_N=batch.sample_ids_B[batch.layout.sequence_T[labels.tokens_N]],
-                positions_N=batch.layout.position_T[labels.tokens_N],
-                **draw,
-            )
+            of_labels: dict[str, Any] = {
+                "sample_ids_N": batch.sample_ids_B[batch.layout.sequence_T[labels.tokens_N]],
+                "positions_N": batch.layout.position_T[labels.tokens_N],
+            }
+            negatives_NR = self.negatives.sample(**of_labels, **draw)
             items_U, places_NK = torch.cat([labels.values_N[:, None], negatives_NR], 1).unique(return_inverse=True)
+            words_N = sharing_words(seed=1, epoch=batch.epoch, **of_labels)
+            shared_NA = auxiliary_places(places_NK[:, 1:], k=self.form.sharing, words_N=words_N)
+            places_NK = torch.cat([places_NK, shared_NA], 1)
             ids["sampled"] = (items_U, first_N.index_fill(0, torch.tensor(0), len(items_U)))
             ids["places"] = (places_NK.flatten(), first_N.index_fill(0, torch.tensor(0), places_NK.numel()))
         else:
@@ -164,10 +172,10 @@ class Recommender(pl.LightningModule):
     def _jagged_loss(self, looked_up: dict[str, Tensor], batch: SequenceBatch) -> Tensor:
         assert batch.timestamps_T is not None
         labels = batch.labels[TASK]
+        rows = keep_rows(looked_up["sampled"], dtype=torch.float16 if self.form.half else None, normalise=True)
         queries_ND = self._states(looked_up, batch.layout, batch.timestamps_T)[labels.tokens_N]
-        rows_UD = F.normalize(looked_up["sampled"], dim=-1)
         places_NK = batch.features["places"].values().view(labels.num_labels, -1)
-        return _softmax_loss(sampled_logits(queries_ND, rows_UD, places_NK), places_NK)
+        return _softmax_loss(rows.logits(queries_ND, places_NK), places_NK)
 
     def _padded_loss(self, looked_up: dict[str, Tensor], batch: SequenceBatch) -> Tensor:
         assert batch.timestamps_T is not None

@@ -70,6 +70,7 @@ def forms() -> dict[str, Form]:
         "balancing": {"partitioner": "lpt"},
         "pipeline": {"pipeline_depth": 2},
         "semi_async": {"sparse_update": "semi_async"},
+        "negatives": {"own_negatives": 32, "sharing": 2, "half": True},
     }
     found = {}
     for name, part in parts.items():
@@ -116,7 +117,7 @@ def counted(sent: list[int]) -> Iterator[None]:
             sent[0] += input.numel() * input.element_size()
         return original(output, input, *args, **kwargs)
 
-    dist.all_to_all_single = all_to_all_single  # type: ignore[assignment]
+    dist.all_to_all_single = all_to_all_single
     try:
         yield
     finally:

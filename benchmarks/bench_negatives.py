@@ -2,12 +2,13 @@
 
 python benchmarks/bench_negatives.py [--threads 2] [--rounds 5] [--labels 4096] [--dim 128] [--items 1000000] [--json]
 
-Each form looks its candidates up, normalises them, scores every label against its own and its negatives, takes the loss,
-and goes backward to the gradient of the looked-up rows, which a stand-in for the lookup takes and drops:
+Each form looks its candidates up, normalises them, scores every label against its own and its negatives, takes the
+loss, and goes backward to the gradient of the looked-up rows, which a stand-in for the lookup takes and drops:
 
-* plain: a row for each of labels x (1 + negatives), as other systems do it
+* plain: a row for each of labels x (1 + negatives), gathered
 * fused: each distinct item once (`sampled_logits`); what the others are compared with
-* offload: `keep_rows` with `Offload`; half: negatives in float16, labels looked up by themselves; half_offload: both
+* kept: `keep_rows` on the device; offload: with `Offload`, so that the difference is that of the host memory alone
+* half: negatives in float16, labels looked up by themselves; half_offload: both
 * shared: half as many own negatives, and those of one other token (k = 2), which makes as many logits
 
 Memory is the peak of bytes live on the device from before the lookup to after the gradient. Counted: every tensor that
@@ -16,9 +17,9 @@ and buffers. Not counted: what is there before, that is table, queries, items an
 operator; the table's update. On a CPU a dispatch mode counts, and memory that the offload takes by `host_empty` stands
 for the host's; the rest, host-side lists of rows too, counts as the device's. On a GPU it is the allocator's peak.
 
-`held` is the same count at two moments, while a stand-in for the encoder goes forward (after the lookup, before the
-logits) and backward (after the loss's own backward pass, before the lookup's). Both are where a model's own memory
-peaks. Times are minima of rounds in which the forms take turns.
+`..._dot` is the peak where rows are not normalised. `held` is the same count at two moments, while a stand-in for the
+encoder goes forward (after the lookup, before the logits) and backward (after the loss's own backward pass, before the
+lookup's). Both are where a model's own memory peaks. Times are minima of rounds in which the forms take turns.
 """
 
 from __future__ import annotations
@@ -37,10 +38,11 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import functional as F  # noqa: N812
 from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
 
 ROOT = Path(__file__).resolve().parents[1]
 NEGATIVES = 128
-FORMS = ("plain", "fused", "offload", "half", "half_offload", "shared")
+FORMS = ("plain", "fused", "kept", "offload", "half", "half_offload", "shared")
 
 
 class LiveBytes(TorchDispatchMode):
@@ -53,6 +55,7 @@ class LiveBytes(TorchDispatchMode):
         self._known: dict[int, tuple[StorageWeakRef, int]] = {}
         self._host = False
 
+    @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for storage in _storages([*args, *(kwargs or {}).values()]):
             self._known.setdefault(storage._cdata, (StorageWeakRef(storage), 0))  # was there before
@@ -100,10 +103,12 @@ class Lookup(torch.autograd.Function):
     """Rows of a table; their gradient is taken and dropped."""
 
     @staticmethod
+    @override
     def forward(ctx: Any, table_ID: Tensor, items_U: Tensor) -> Tensor:
         return table_ID.index_select(0, items_U)
 
     @staticmethod
+    @override
     def backward(ctx: Any, d_rows_UD: Tensor) -> Any:
         return None, None
 
@@ -112,12 +117,14 @@ class Encoder(torch.autograd.Function):
     """Hands queries and their gradient on, and notes when."""
 
     @staticmethod
+    @override
     def forward(ctx: Any, queries_ND: Tensor, note: Callable[[str], None]) -> Tensor:
         ctx.note = note
         note("forward")
         return queries_ND.view_as(queries_ND)
 
     @staticmethod
+    @override
     def backward(ctx: Any, d_queries_ND: Tensor) -> Any:
         ctx.note("backward")
         return d_queries_ND, None
@@ -143,6 +150,7 @@ class Losses:
         self.queries_ND = torch.randn(labels, dim, generator=generator).to(on).requires_grad_()
         items_NK = torch.randint(items, (labels, 1 + NEGATIVES), generator=generator)
         self.offload = Offload(segment=segment)
+        self.normalise = True
         ids_N = torch.arange(labels)
         words_N = sharing_words(seed=0, epoch=0, sample_ids_N=ids_N, positions_N=ids_N)
         # Made on the host, as the module does, before the batch is on the device.
@@ -162,7 +170,7 @@ class Losses:
         if form == "plain":
             rows_ND = Lookup.apply(self.table_ID, self.items_NK.flatten())
             queries_ND = self._encode(note)
-            rows_NKD = F.normalize(rows_ND, dim=-1, eps=1e-6).view(*self.items_NK.shape, -1)
+            rows_NKD = self._normalised(rows_ND).view(*self.items_NK.shape, -1)
             logits_NK = torch.einsum("nd,nkd->nk", queries_ND, rows_NKD)
             return self._backward(logits_NK[:, 0], logits_NK[:, 1:], self.items_NK)
         if form in ("fused", "shared"):
@@ -171,25 +179,29 @@ class Losses:
             queries_ND = self._encode(note)
             if form == "shared":
                 places_NK = torch.cat([places_NK, of_other_tokens(places_NK[:, 1:], self.sources_NJ)], 1)
-            logits_NK = sampled_logits(queries_ND, F.normalize(rows_UD, dim=-1, eps=1e-6), places_NK)
+            logits_NK = sampled_logits(queries_ND, self._normalised(rows_UD), places_NK)
             return self._backward(logits_NK[:, 0], logits_NK[:, 1:], places_NK)
-        if form == "offload":
+        if form in ("kept", "offload"):
             items_U, places_NK = self.all
-            kept = keep_rows(Lookup.apply(self.table_ID, items_U), offload=self.offload, normalise=True)
+            offload = self.offload if form == "offload" else None
+            kept = keep_rows(Lookup.apply(self.table_ID, items_U), offload=offload, normalise=self.normalise)
             logits_NK = kept.logits(self._encode(note), places_NK)
             return self._backward(logits_NK[:, 0], logits_NK[:, 1:], places_NK)
         items_U, places_NR = self.negatives
         offload = self.offload if form == "half_offload" else None
-        half = {"dtype": torch.float16, "normalise": True}
+        half = {"dtype": torch.float16, "normalise": self.normalise}
         kept = keep_rows(Lookup.apply(self.table_ID, items_U), offload=offload, **half)  # type: ignore[arg-type]
         targets_ND = Lookup.apply(self.table_ID, self.items_NK[:, 0].contiguous())
         queries_ND = self._encode(note)
-        positives_N = (queries_ND * F.normalize(targets_ND, dim=-1, eps=1e-6)).sum(-1)
+        positives_N = (queries_ND * self._normalised(targets_ND)).sum(-1)
         return self._backward(positives_N, kept.logits(queries_ND, places_NR), self.items_NK)
 
     def _encode(self, note: Callable[[str], None]) -> Tensor:
         queries_ND: Tensor = Encoder.apply(self.queries_ND, note)
         return F.normalize(queries_ND, dim=-1, eps=1e-6) / 0.07
+
+    def _normalised(self, rows: Tensor) -> Tensor:
+        return F.normalize(rows, dim=-1, eps=1e-6) if self.normalise else rows
 
     @staticmethod
     def _backward(positives_N: Tensor, negatives_NR: Tensor, names_NK: Tensor) -> Tensor:
@@ -253,22 +265,30 @@ def main() -> None:
     if abs(values["half"] / values["fused"] - 1) > 1e-3:
         raise RuntimeError(f"half: the loss is {values['half']}, and {values['fused']} in float32")
     peaks, times = {form: memory(losses, form, on) for form in FORMS}, seconds(losses, args.rounds, on)
+    losses.normalise = False
+    dot = {form: memory(losses, form, on)["peak"] for form in FORMS}
     print(f"{device()}; commit {commit()}; torch {torch.__version__}, {args.threads} threads, float32")
     rows = {"all": len(losses.all[0]), "half as many negatives": len(losses.own[0])}
     print(f"{sizes}, {NEGATIVES} negatives; distinct rows: {rows}")
-    print(f"  {'':<14}{'peak MB':>10}{'of fused':>10}{'held fwd':>10}{'held bwd':>10}{'ms':>10}{'of fused':>10}")
+    columns = ("peak MB", "of fused", "dot", "held fwd", "held bwd", "ms", "of fused")
+    print(f"  {'':<14}" + "".join(f"{name:>10}" for name in columns))
     result: dict[str, Any] = {"threads": args.threads, **sizes, "negatives": NEGATIVES}
     for form in FORMS:
         ratio, time_ratio = peaks[form]["peak"] / peaks["fused"]["peak"], times[form] / times["fused"]
+        dot_ratio = dot[form] / dot["fused"]
         megabytes = {name: size / 1e6 for name, size in peaks[form].items()}
         print(
-            f"  {form:<14}{megabytes['peak']:>10,.0f}{ratio:>10.3f}{megabytes['held_forward']:>10,.0f}"
-            f"{megabytes['held_backward']:>10,.0f}{times[form] * 1e3:>10,.0f}{time_ratio:>10.2f}"
+            f"  {form:<14}{megabytes['peak']:>10,.0f}{ratio:>10.3f}{dot_ratio:>10.3f}"
+            f"{megabytes['held_forward']:>10,.0f}{megabytes['held_backward']:>10,.0f}"
+            f"{times[form] * 1e3:>10,.0f}{time_ratio:>10.2f}"
         )
         result |= {f"{form}_{name}_mb": round(size, 1) for name, size in megabytes.items()}
         result[f"{form}_ms"] = round(times[form] * 1e3, 1)
         if form != "fused":
             result |= {f"memory_ratio_{form}": round(ratio, 3), f"time_ratio_{form}": round(time_ratio, 3)}
+            result[f"memory_ratio_{form}_dot"] = round(dot_ratio, 3)
+    result["memory_ratio_offload_to_kept"] = round(peaks["offload"]["peak"] / peaks["kept"]["peak"], 3)
+    result["time_ratio_offload_to_kept"] = round(times["offload"] / times["kept"], 3)
     result["memory_ratio_offload_to_plain"] = round(peaks["offload"]["peak"] / peaks["plain"]["peak"], 3)
     result["rows_ratio_shared"] = round(rows["half as many negatives"] / rows["all"], 3)
     publish("negatives", result, as_json=args.json)

@@ -1,6 +1,7 @@
-"""Lightning callbacks: one a file, for `Trainer(callbacks=[...])` or a recipe's ``class_path``."""
+"""Lightning callbacks and a logger: one a file, for the `Trainer` or a recipe's ``class_path``."""
 
 from lightning_gr.callbacks.balance_monitor import BalanceMonitor
+from lightning_gr.callbacks.csv_logger import ResumableCSVLogger
 from lightning_gr.callbacks.ema import ExponentialMovingAverage
 from lightning_gr.callbacks.init_from import InitFrom
 from lightning_gr.callbacks.mfu_monitor import MFUMonitor
@@ -18,6 +19,7 @@ __all__ = [
     "InitFrom",
     "MFUMonitor",
     "ReportCallback",
+    "ResumableCSVLogger",
     "ResumeCheckpoint",
     "StepProfiler",
     "TableMonitor",

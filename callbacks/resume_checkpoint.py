@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_gr._compat import default_store
+from lightning_gr.checkpoint.best import best_checkpoint
 from lightning_gr.checkpoint.reader import META_FILENAME, complete_checkpoints
 from lightning_gr.checkpoint.storage import Storage
 from lightning_gr.checkpoint.writer import remove_checkpoint, remove_unfinished
@@ -38,8 +39,8 @@ class ResumeCheckpoint(ModelCheckpoint):
     watched, and when training ends; always between two steps, so that accumulated gradients are never lost. Those are
     kept that are among the newest, among the best, or that a kept one adds to. ``ckpt_path: last`` resumes from the
     newest complete one of the folder, whatever clocks say, and begins anew where there is none; a damaged one is
-    passed over with a warning. On a disk ``last.ckpt`` and ``best.ckpt`` are links to these two. On SIGTERM all
-    processes save at the same step, and exit with code 0.
+    passed over with a warning; ``best`` takes the best one. On a disk ``last.ckpt`` and ``best.ckpt`` are links to
+    these two. On SIGTERM all processes save at the same step, and exit with code 0.
 
     The folder belongs to one run at a time: where a second run begins to save into it, the first one stops with an
     error at its next save, and nothing is lost.
@@ -127,6 +128,24 @@ class ResumeCheckpoint(ModelCheckpoint):
         self._handler: Any = None
         self._fallbacks: list[str] = []
 
+    trainer: pl.Trainer | None = None  # set by `lightning-gr`, so that the folder is known before `setup`
+    _best_path, _is_set_up = "", False
+
+    @property
+    def best_model_path(self) -> str:
+        """The best checkpoint so far; before anything has begun the best one that the folder has."""
+        if self._best_path or self._is_set_up or (self.dirpath is None and self.trainer is None):
+            return self._best_path
+        folder = self._ModelCheckpoint__resolve_ckpt_dir(self.trainer)  # type: ignore[attr-defined]
+        found = best_checkpoint(folder, callback=self.state_key, mode=self.mode)
+        if found is None and self.trainer is not None and self.trainer.state.fn is not None:
+            raise MisconfigurationException(f"ckpt_path=best: no complete checkpoint in {folder}; train or give a path")
+        return found or ""
+
+    @best_model_path.setter
+    def best_model_path(self, path: str) -> None:
+        self._best_path = path
+
     @property
     @override
     def state_key(self) -> str:
@@ -141,6 +160,7 @@ class ResumeCheckpoint(ModelCheckpoint):
                 f"strategy={type(trainer.strategy).__name__}: {type(self).__name__} saves the checkpoints of "
                 "SequenceBalancedStrategy; use that, or Lightning's ModelCheckpoint"
             )
+        self._is_set_up = True
         with warnings.catch_warnings():
             # A folder with checkpoints is what a resumed run wants.
             warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")

@@ -45,6 +45,10 @@ PRIVATE_NAMES = {
         "overridden, with _ModelCheckpoint__resolve_ckpt_dir, _monitor_candidates and "
         "_get_metric_interpolated_filepath_name: what `ckpt_path: last` means for ResumeCheckpoint"
     ),
+    "lightning.fabric.loggers.csv_logs:_ExperimentWriter._check_log_dir_exists": (
+        "overridden: it deletes the metrics of the run before; with _experiment of the logger, and _fs of both, a file "
+        "is gone on with"
+    ),
     "lightning.pytorch.loops.fit_loop:_FitLoop._load_combined_loader_states": (
         "called where Lightning forgets it (its issue 20550); with _combined_loader_states_to_load and _data_fetcher"
     ),

@@ -25,7 +25,7 @@ def run_command(
     """Does what ``subprocess.run`` does with a command of this interpreter, and captures its text.
 
     Args:
-        command: this interpreter, then ``-m module`` or a script, then arguments. What the command starts itself are
+        command: this interpreter, then ``-m module``, ``-c code`` or a script, then arguments. What it starts are
             new interpreters.
         cwd: folder to run in.
         env: its environment; None means this process's.
@@ -61,13 +61,15 @@ def _become(words: list[str], cwd: str, env: dict[str, str], files: list[str]) -
     for number, file in zip((1, 2), files, strict=True):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = (os.fdopen(os.dup(number), "w", buffering=1) for number in (1, 2))
-    is_module = words[0] == "-m"
-    sys.argv = words[1:] if is_module else words
-    first = os.getcwd() if is_module else os.path.dirname(os.path.abspath(words[0]))
+    kind = words[0] if words[0] in ("-m", "-c") else "script"
+    sys.argv = {"-m": words[1:], "-c": ["-c", *words[2:]]}.get(kind, words)
+    first = os.path.dirname(os.path.abspath(words[0])) if kind == "script" else os.getcwd()
     sys.path[:0] = [first, *filter(None, env.get("PYTHONPATH", "").split(os.pathsep))]
     try:
-        if is_module:
+        if kind == "-m":
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        elif kind == "-c":
+            exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
         else:
             runpy.run_path(words[0], run_name="__main__")
     finally:

@@ -24,6 +24,7 @@ TOOLS = {
     "resume-check": "--config RECIPE: a run that is killed and resumed ends as one that never stopped",
     "export": "--config RECIPE --ckpt_path CHECKPOINT --output DIR: weights and tables for those who serve them",
     "compare": "RECIPE ...: train each with several seeds, test metrics with intervals",
+    "verify": "RECIPE: does it reach the test metrics that its header expects? several seeds, an exit code",
     "plan": "--config RECIPE: balance, FLOPs, exchange and memory on 1 to 1,024 ranks, from the store alone",
     "mask": "--config RECIPE: which tokens see which in a batch, and leaks of the future",
     "report": "RUN ...: one page of training runs, beside each other",
@@ -108,6 +109,10 @@ def _dispatch(args: list[str]) -> int:
         from lightning_gr.cli import compare
 
         return compare.main(args[1:])
+    if command == "verify":
+        from lightning_gr.cli import verify
+
+        return verify.main(args[1:])
     if command == "plan":
         _check_configs(args)
         from lightning_gr.cli import plan

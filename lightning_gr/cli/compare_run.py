@@ -1,4 +1,4 @@
-"""One run of ``lightning-gr compare``: fit, then test the best checkpoint, and leave ``result.json`` behind."""
+"""One run of ``lightning-gr compare`` and ``verify``: a fit and the test of its best, or a test; leaves its result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from lightning_gr.cli.training import GRCLI
 
 
 def main(argv: Sequence[str]) -> int:
-    """Runs ``FOLDER KEY fit --config ...`` and returns the exit code."""
+    """Runs ``FOLDER KEY fit --config ...``, or ``test``, and returns the exit code."""
     quiet_library_noise()
     folder, key, *words = argv
     _RunCLI(args=words, folder=Path(folder), key=key)
@@ -27,10 +27,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 class _RunCLI(GRCLI):
-    """A `fit` whose outputs stay in one folder, followed by the test of its best checkpoint.
+    """A `fit` whose outputs stay in one folder, followed by the test of its best checkpoint; or a `test` of another.
 
     Args:
-        args: the words of ``lightning-gr fit``.
+        args: the words of ``lightning-gr fit`` or ``test``.
         folder: where everything goes, as an absolute path.
         key: what the result is known by.
     """
@@ -44,7 +44,7 @@ class _RunCLI(GRCLI):
     def before_instantiate_classes(self) -> None:
         """Loggers and checkpoints of the configuration would share one folder among all runs."""
         super().before_instantiate_classes()
-        trainer = self.config.fit.trainer
+        trainer = self.config[str(self.subcommand)].trainer
         logs = {"save_dir": str(self.folder), "name": "", "version": "logs"}
         trainer.default_root_dir = str(self.folder)
         trainer.logger = Namespace(class_path="lightning.pytorch.loggers.CSVLogger", init_args=Namespace(logs))
@@ -66,11 +66,18 @@ class _RunCLI(GRCLI):
             raise UserError("trainer.callbacks: no ModelCheckpoint, so there is nothing to test; add one")
         checkpoint = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
         self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path="best")
-        metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
         if self.trainer.is_global_zero:
             training = json.loads((self.folder / "training.json").read_text(encoding="utf-8"))
-            result = {"key": self.key, "metrics": metrics, **training, "checkpoint": checkpoint}
-            _write(self.folder / "result.json", result)
+            self._leave(**training, checkpoint=checkpoint)
+
+    def after_test(self) -> None:
+        """Leaves what the checkpoint of a `test` reaches."""
+        if self.trainer.is_global_zero:
+            self._leave(checkpoint=self.config.test.ckpt_path)
+
+    def _leave(self, **facts: Any) -> None:
+        metrics = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+        _write(self.folder / "result.json", {"key": self.key, "metrics": metrics, **facts})
 
 
 class _Recorder(pl.Callback):

@@ -92,11 +92,11 @@ def _overlay(out: Path, log: Path, devices: int, epochs: int | None) -> Path:
         "devices": devices,
         "default_root_dir": str(out),
         "logger": [
-            {
-                "class_path": f"lightning.pytorch.loggers.{kind}",
-                "init_args": {"save_dir": str(out), "name": "", "version": version},
-            }
-            for kind, version in (("TensorBoardLogger", "tensorboard"), ("CSVLogger", "csv"))
+            {"class_path": class_path, "init_args": {"save_dir": str(out), "name": "", "version": version}}
+            for class_path, version in (
+                ("lightning.pytorch.loggers.TensorBoardLogger", "tensorboard"),
+                ("lightning_gr.callbacks.ResumableCSVLogger", "csv"),
+            )
         ],
         "callbacks+": [
             {"class_path": "lightning_gr.callbacks.ReportCallback", "init_args": {"dirpath": str(out), "name": RECIPE}}

@@ -5,15 +5,24 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import yaml  # type: ignore[import-untyped]  # it comes with jsonargparse
 
 from lightning_gr.cli.errors import UserError
 
+if TYPE_CHECKING:
+    from lightning_gr.data.event_store import Field
+
 _POSITIONAL = ("path", "output")
+_OF_EXPOSURES = ("mtgr/exposures", "mtgr/tiny")
+"""Recipes of rankings, those that need most of a store first."""
 
 
 def main(argv: Sequence[str]) -> int:
     """Runs the command and returns its exit code."""
+    from rich.console import Console
+
     from lightning_gr.data.event_store.writer import refuse_to_replace
     from lightning_gr.data.formats import open_log, with_history
     from lightning_gr.data.prepare import prepare
@@ -35,6 +44,8 @@ def main(argv: Sequence[str]) -> int:
             log, output, settings=arguments["settings"], overwrite=arguments["overwrite"], progress=progress
         )
     _show(store.path, store.summary, store.num_items)
+    said = f"{_next_step(store.fields)} --data.init_args.path {store.path}"
+    Console().print(said, highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
@@ -171,9 +182,25 @@ def _show(path: Path, summary: dict[str, Any], num_items: int) -> None:
         row(f"events without {name}", count)
     if len(summary["time_units"]) > 1:
         row("times of mixed units", ", ".join(f"{n:,} in {unit}" for unit, n in summary["time_units"].items()))
-    console = Console()
-    console.print(table, highlight=False)
-    console.print(f"lightning-gr fit --config hstu/tiny --data.init_args.path {path}", highlight=False, soft_wrap=True)
+    Console().print(table, highlight=False)
+
+
+def _next_step(fields: Sequence[Field]) -> str:
+    """Training on a store of these fields: a ranking recipe that needs no others, else next items."""
+    from lightning_gr import recipes
+    from lightning_gr.data.event_store.fields import EXPOSED
+
+    labels, names = {field.name for field in fields if field.kind == "label"}, {field.name for field in fields}
+    for name in _OF_EXPOSURES:
+        data = yaml.safe_load(recipes.path(name).read_text(encoding="utf-8"))["data"]["init_args"]
+        wanted = {task["field"] for task in data["tasks"].values()}
+        if wanted <= labels and {feature["name"] for feature in data.get("features", [])} <= names:
+            return f"lightning-gr fit --config {name}"
+    if EXPOSED in names:
+        # No shipped recipe has its labels, and training on next items would take what was shown for what was wanted.
+        cp = f"lightning-gr recipes cp {_OF_EXPOSURES[-1]} mine.yaml"
+        return f"{cp}, name its tasks, then lightning-gr fit --config mine.yaml"
+    return "lightning-gr fit --config hstu/tiny"
 
 
 def _date(seconds: int) -> str:

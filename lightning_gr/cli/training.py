@@ -13,7 +13,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 import yaml  # type: ignore[import-untyped]  # it comes with jsonargparse
-from jsonargparse import ActionConfigFile
+from jsonargparse import ActionConfigFile, Namespace
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.trainer.states import TrainerStatus
 from typing_extensions import override
@@ -26,7 +26,7 @@ import lightning_gr.models
 import lightning_gr.plugins  # noqa: F401
 from lightning_gr import __version__
 from lightning_gr._compat import child_processes
-from lightning_gr.callbacks import InitFrom
+from lightning_gr.callbacks import InitFrom, ResumeCheckpoint
 from lightning_gr.cli.config_trust import FLAG, Trust, is_denied
 from lightning_gr.cli.errors import USER_ERROR, UserError, one_line
 from lightning_gr.cli.parse_errors import boil, boil_config
@@ -35,6 +35,7 @@ from lightning_gr.cli.recipes import resolve_config
 from lightning_gr.substrate import fbgemm, version_of
 
 _SECONDS_FOR_A_CHILD_TO_EXIT = 1.0
+_FORGET = "replace_lists"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -59,22 +60,73 @@ class RecipeAction(ActionConfigFile):
             raise UserError(boil_config(str(error), str(values), parser)) from error
 
 
-def _forget_lists(cfg: Any, source: str) -> None:
-    """Lets a list in a file replace the one before it: jsonargparse would merge items of equal place and type."""
-    file = Path(source)
+class ForgetLists(argparse.Action):
+    """``--replace_lists KEY=VALUE``, which `with_lists_replaced` puts before ``--KEY VALUE``; nobody else gives it."""
+
+    @override
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        key, _, source = values.partition("=")
+        _forget_lists(cfg, source, key)
+
+
+def with_lists_replaced(words: Sequence[str]) -> list[str]:
+    """A command line in which a list that is given replaces the one before it, as one in a further file does."""
+    found: list[str] = []
+    for place, word in enumerate(words):
+        if word.startswith("--") and word.partition("=")[0] != "--config":
+            key, is_joined, value = word[2:].partition("=")
+            if not is_joined:
+                value = words[place + 1] if place + 1 < len(words) else ""
+            holds_list = set("[{\n") & set(value) or value.endswith((".yaml", ".yml", ".json"))
+            if holds_list and not value.startswith("--") and not key.endswith("+"):  # --KEY+ appends
+                found.append(f"--{_FORGET}={key}={value}")
+        found.append(word)
+    return found
+
+
+def _is_file(name: str) -> bool:
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8") if file.is_file() else source)
+        return Path(name).is_file()
+    except (OSError, ValueError):
+        return False  # longer than names may be
+
+
+def _forget_lists(cfg: Any, source: str, key: str = "") -> None:
+    """Lets a list in a file or value replace the one before it: jsonargparse would merge items of equal place and type.
+
+    Args:
+        cfg: the settings so far.
+        source: a file, or YAML itself.
+        key: the setting whose value it is; empty means all settings.
+    """
+    try:
+        content = yaml.safe_load(Path(source).read_text(encoding="utf-8") if _is_file(source) else source)
     except (OSError, ValueError, yaml.YAMLError):
         return  # whoever parses it says why
 
-    def walk(value: Any, key: str) -> None:
+    def walk(value: Any, path: tuple[str, ...]) -> None:
         if isinstance(value, dict):
             for name, each in value.items():
-                walk(each, f"{key}.{name}" if key else str(name))
-        elif isinstance(value, list) and isinstance(cfg.get(key), list):
-            cfg[key] = None
+                walk(each, (*path, *str(name).split(".")))
+        elif isinstance(value, list):
+            _forget_list(cfg, path)
 
-    walk(content, "")
+    walk(content, tuple(key.split(".")) if key else ())
+
+
+def _forget_list(settings: Any, path: Sequence[str]) -> None:
+    """Sets the list at a path to None; the path may leave out ``init_args``, as a command line may."""
+    while len(path) > 1 or (path and path[0] not in settings):
+        if path[0] in settings:
+            settings, path = settings[path[0]], path[1:]
+        elif "init_args" in settings:
+            settings = settings["init_args"]
+        else:
+            return
+        if not isinstance(settings, Namespace | dict):
+            return
+    if path and isinstance(settings[path[0]], list):
+        settings[path[0]] = None
 
 
 class GRCLI(LightningCLI):
@@ -93,7 +145,7 @@ class GRCLI(LightningCLI):
                 parser_kwargs={"default_env": True, "env_prefix": "LIGHTNING_GR", "exit_on_error": False},
                 # It would build the optimiser before configure_model has made the parameters.
                 auto_configure_optimizers=False,
-                args=self._trust.words if isinstance(words, list) else words,
+                args=with_lists_replaced(self._trust.words) if isinstance(words, list) else words,
                 run=run,
             )
 
@@ -108,6 +160,7 @@ class GRCLI(LightningCLI):
             action=RecipeAction,
             help="A recipe's name or a YAML file; may be repeated, the last wins.",
         )
+        parser.add_argument(f"--{_FORGET}", action=ForgetLists, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
         return parser
 
     @override
@@ -146,6 +199,9 @@ class GRCLI(LightningCLI):
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         trainer = super().instantiate_trainer(**kwargs)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ResumeCheckpoint):
+                callback.trainer = trainer
         if self._init_from is not None:
             trainer.callbacks.insert(0, self._init_from)  # type: ignore[attr-defined]
         return trainer

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
+import torch
 from typing_extensions import override
 
 from lightning_gr.data.event_store import EventStore, is_store
 from lightning_gr.data.finished_epoch import leave_finished_epoch
 from lightning_gr.data.interactions import Interactions
 from lightning_gr.data.loader import PlannedLoader
+from lightning_gr.data.longest_sample import LongestSample
 from lightning_gr.data.plan import GlobalBatchPlan
 from lightning_gr.data.raw_ids import raw_key
 from lightning_gr.data.readers import LogFormat, read_events
@@ -166,6 +168,21 @@ class SequenceDataModule(pl.LightningDataModule):
             item_keys=self.item_keys,
         )
 
+    @cached_property
+    def _item_counts(self) -> torch.Tensor:
+        source = self._source("train")
+        if not isinstance(source, RetrievalSource):
+            raise ValueError(f"{type(self).__name__}: its samples have no next item as label, so none can be counted")
+        return torch.from_numpy(source.item_label_counts())
+
+    def training_item_counts(self) -> torch.Tensor:
+        """int64 (I,): how often each item row is a label of the training part; counted once, in one pass over the log.
+
+        Raises:
+            ValueError: labels are not items.
+        """
+        return self._item_counts
+
     def _loader(self, part: Part | Literal["all"], name: str) -> PlannedLoader:
         source = self._source(part)
         train = name == "train"
@@ -192,6 +209,20 @@ class SequenceDataModule(pl.LightningDataModule):
     def _budget(self, source: SequenceSource, name: str) -> int:
         """Most tokens of a global batch of a loader."""
         return self.global_tokens if name == "train" else self.eval_global_tokens
+
+    def longest_sample(self, part: Part | Literal["predict"], *, above: int) -> LongestSample | None:
+        """The longest sample of a part if it is longer than `above` positions, else None."""
+        if self.max_length <= above:
+            return None
+        source = self._source(self.predict_from if part == "predict" else part)
+        longest = 0
+        for first in range(0, source.num_rows, 1 << 20):
+            _, tokens = source.samples(first, min(first + (1 << 20), source.num_rows))
+            longest = max(longest, int(tokens.max(initial=0)))
+        if longest <= above:
+            return None
+        made_of = f"the longest sample ({part}) of {self.path} has {longest} tokens"
+        return LongestSample(longest, made_of, f"lower the data's max_length={self.max_length} to {above}")
 
     @override
     def train_dataloader(self) -> PlannedLoader:

@@ -15,6 +15,7 @@ from lightning_gr.data.cross_statistics import CrossStatistics
 from lightning_gr.data.datamodule import SequenceDataModule
 from lightning_gr.data.event_store import EventStore
 from lightning_gr.data.item_columns import item_categories
+from lightning_gr.data.longest_sample import LongestSample
 from lightning_gr.data.ranking_source import RankingSource
 from lightning_gr.data.raw_ids import raw_key
 from lightning_gr.data.source import SequenceSource
@@ -161,6 +162,26 @@ class RankingDataModule(SequenceDataModule):
             item_keys=self.item_keys,
             user_keys=self.user_keys,
         )
+
+    @override
+    def longest_sample(self, part: Part | Literal["predict"], *, above: int) -> LongestSample | None:
+        source = self._source("all" if part == "predict" else part)
+        of_user, room = source.num_contextual, above - source.num_contextual - 1
+        history = source.longest_history(above=room)
+        if history is None or (longest := of_user + history + 1) <= above:
+            return None
+        of_sample = (
+            f"the longest sample ({part}) of {self.path} has {longest} positions: {of_user} of user features, "
+            f"{history} events, 1 for all candidates"
+        )
+        caps = self.aggregation
+        if caps is None:
+            settings, most = f"max_history={self.max_history} and block={self.block}", room + 1
+        else:
+            settings = f"aggregation.max_static={caps.max_static} and aggregation.max_realtime={caps.max_realtime}"
+            most = room
+        remedy = f"lower the data's {settings}" + f" until they add up to {most}" * (most > 1)
+        return LongestSample(longest, of_sample, remedy)
 
     @override
     def prepare_data(self) -> None:

@@ -115,6 +115,15 @@ class RankingSource(SequenceSource):
         """Does what one process may do for all, as finding samples; without it, each process does it when it must."""
         self._cuts.prepare()
 
+    def longest_history(self, *, above: int) -> int | None:
+        """History events of the sample that has most of them; None without one, or where settings allow `above`."""
+        return self._cuts.longest_history() if self._cuts.most_history > above else None
+
+    @property
+    def num_contextual(self) -> int:
+        """Contextual tokens of a sample."""
+        return self._columns.features.num_contextual
+
     @cached_property
     def ranking_features(self) -> RankingFeatures:
         """What the batches hold; counting means and deviations of dense features is a pass over the training part."""

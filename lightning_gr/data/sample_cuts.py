@@ -38,10 +38,15 @@ class SampleCuts(Protocol):
     """Settings, for fingerprints."""
     columns: tuple[str, ...]
     """Fields of events that `events` looks at, beside items and times."""
+    most_history: int
+    """Most history events of a sample that the settings allow."""
 
     def prepare(self) -> None:
         """Does what one process may do for all, by itself nothing."""
         return
+
+    def longest_history(self) -> int | None:
+        """History events of the sample that has most of them; None where there is no sample."""
 
     def samples(self, first_row: int, last_row: int) -> tuple[Array, Array]:
         """Ids of the samples of some users, row after row, and how many event tokens each has."""
@@ -88,12 +93,23 @@ class BlockCuts(SampleCuts):
         self._event_starts = event_starts(store)
         self.identity = (max_history, block)
         self.columns = ()
+        # All events of a block but the last are history of a later candidate.
+        self.most_history = max_history + block - 1
 
     def _candidates(self, rows: Array) -> tuple[Array, Array]:
         """First candidate event of each user and the end of its candidates."""
         last_token, asking = self._split.spans(self._store, self._part, rows)
         has = last_token >= asking
         return np.where(has, asking + 1, 0), np.where(has, last_token + 2, 0)
+
+    @override
+    def longest_history(self) -> int | None:
+        longest = -1
+        for first_row in range(0, len(self._store.lengths), 1 << 20):
+            ids, _ = self.samples(first_row, min(first_row + (1 << 20), len(self._store.lengths)))
+            begin, _, end = self._spans(ids)
+            longest = max(longest, int((end - 1 - begin).max(initial=-1)))
+        return longest if longest >= 0 else None
 
     @override
     def samples(self, first_row: int, last_row: int) -> tuple[Array, Array]:

@@ -139,6 +139,24 @@ class RetrievalSource(SequenceSource):
         last = last - sample_ids // max(self.num_rows, 1) * self._max_length
         return np.maximum(last - self._max_length + 1, 0), last, asking
 
+    def item_label_counts(self) -> Array:
+        """int64 (I,): how often each item row is the label of a sample; one pass over the items of the log."""
+        counts = np.zeros(self._table.num_items, dtype=np.int64)
+        if not self.tasks:
+            return counts
+        for group, (first_row, last_row) in enumerate(zip(self.group_bounds[:-1], self.group_bounds[1:], strict=True)):
+            ids, _ = self.samples(int(first_row), int(last_row))
+            first, last, asking = self._tokens_of(ids)
+            events = self._table.read_group(group)
+            starts = events.offsets[ids % max(self.num_rows, 1) - first_row]
+            # Of +1 where the labels of a sample begin and -1 behind their end, the sum is how often an event is one.
+            changes = np.zeros(len(events.items) + 1, dtype=np.int64)
+            np.add.at(changes, starts + np.maximum(first, asking) + 1, 1)
+            np.add.at(changes, starts + last + 2, -1)
+            times = np.cumsum(changes[:-1])
+            counts += np.bincount(np.repeat(events.items, times), minlength=len(counts))
+        return counts
+
     # ---- batches -----------------------------------------------------------------------------------------------
 
     @override

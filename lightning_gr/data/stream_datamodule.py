@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_gr.data.finished_epoch import leave_finished_epoch
+from lightning_gr.data.longest_sample import LongestSample
 from lightning_gr.data.stream import EventStream, ParquetDays, wait_for_day
 from lightning_gr.data.stream_loader import StreamLoader
 from lightning_gr.substrate import require_torchrec
@@ -65,6 +66,14 @@ class StreamDataModule(pl.LightningDataModule):
         if self._stream is None:
             assert self.folder is not None
             self._stream = ParquetDays(self.folder)
+
+    def longest_sample(self, part: str, *, above: int) -> LongestSample | None:
+        """What the settings allow, if it is more than `above` tokens: how long a stream's samples are nobody knows."""
+        if self.max_length <= above:
+            return None
+        made_of = f"samples of the stream may have up to {self.max_length} tokens"
+        remedy = f"lower the data's max_length={self.max_length} to {above}"
+        return LongestSample(self.max_length, made_of, remedy, known=False)
 
     def _day(self, ahead: int) -> tuple[int, str] | None:
         """The day of the current epoch or one after it; every rank takes rank 0's word for it."""

@@ -10,14 +10,16 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from typing_extensions import override
 
 from lightning_gr.data.aggregation import Aggregation
+from lightning_gr.data.event_checks import event_place
 from lightning_gr.data.event_store import EventStore
 from lightning_gr.data.event_table import UserRows
 from lightning_gr.data.exposures import Exposures
 from lightning_gr.data.sample_cuts import SampleCuts, SampleEvents, runs
-from lightning_gr.data.splits import Split
+from lightning_gr.data.splits import ByTime, Split, part_events
 from lightning_gr.data.task import Task
 from lightning_gr.data.window_index import AnyPart, WindowIndex, WindowSettings, window_index
 
@@ -64,6 +66,7 @@ class WindowCuts(SampleCuts):
         self._num_rows = max(len(store.lengths), 1)
         self.identity = ("windows", *self._settings.identity(part, requests=requests)[1:-1])
         self.columns = self._exposures.columns
+        self.most_history = aggregation.max_static + aggregation.max_realtime
 
     @cached_property
     def index(self) -> WindowIndex:
@@ -75,25 +78,67 @@ class WindowCuts(SampleCuts):
         index = window_index(self._store, self._settings, self._part, requests=self._requests)
         if not len(index):
             raise ValueError(self._nothing())
+        self._warn_of_passed(*index.passed_3.tolist())
         return index
+
+    def _warn_of_passed(self, count: int, row: int, place: int) -> None:
+        """Says what becomes of events without a label that a labelled one follows."""
+        if not count:
+            return
+        clicks = self._settings.aggregation.history
+        becomes = "history" if clicks is None else f"no history either, since history is {clicks.field}"
+        rank_zero_warn(
+            f"aggregation: {count:,} events of {self._store.path} have no label ({self._fields}) although one of "
+            f"their user of that time or later has one; the first is {event_place(self._store, row, place)}; they are "
+            f"no candidates, and {becomes}. If labels are missing, mend the log; if they are history of another "
+            "source, let lightning-gr prepare --history mark them"
+        )
 
     @override
     def prepare(self) -> None:
         window_index(self._store, self._settings, self._part, requests=self._requests)
 
+    @override
+    def longest_history(self) -> int | None:
+        index = window_index(self._store, self._settings, self._part, requests=self._requests)
+        return int(index.counts_S3[:, :2].sum(1, dtype=np.int64).max()) if len(index) else None
+
     def _nothing(self) -> str:
-        fields = ", ".join(dict.fromkeys(task.field for task in self._settings.tasks.values()))
+        fields = self._fields
         if self._part == "unlabelled":
             return (
                 f"predict_part=unlabelled: {self._store.path} has no exposure that waits for a score, which has no "
                 f"label ({fields}) and is later than all of the user's that have one; predict another part"
             )
-        shown = "with exposed 1 and a label" if self._exposures.has_field else "with a label"
+        split, labelled, events, waiting = self._settings.split, 0, 0, 0
+        for group, first_row in enumerate(self._store.group_bounds[:-1].tolist()):
+            rows = self._store.read_group(group, self.columns)
+            begin, end = part_events(split, self._store, self._part, first_row + np.arange(len(rows.offsets) - 1))
+            at = runs(rows.offsets[:-1] + begin, end - begin)
+            held = {name: rows.event_fields[name][at] for name in self.columns}
+            labelled += int(self._exposures.labelled_E(rows.event_fields).sum())
+            events, waiting = events + len(at), waiting + int(self._exposures.waiting_E(held).sum())
+        found = f"{waiting:,} have no label ({fields})"
+        if self._exposures.has_field:
+            found = f"{waiting:,} have exposed 1 and no label ({fields}), {events - waiting:,} are history (exposed 0)"
+        if not labelled:
+            remedy = "nor has any other event a label; see tasks"
+        elif isinstance(split, ByTime) or not events:
+            remedy = "see split"
+        else:
+            remedy = (
+                "this split counts all events of a user, requests and history too; split such a log by time, with "
+                "lightning_gr.data.ByTime(val_from, test_from)"
+            )
         return (
             f"aggregation: no window of the {self._part} part has a candidate: of the {self._store.num_events:,} "
-            f"events of {self._store.path} none {shown} ({fields}) lies in it; see tasks and split "
-            f"({self._settings.split.identity()})"
+            f"events of {self._store.path} it has {events:,} ({split.identity()}), of which {found}; {remedy}"
         )
+
+    @property
+    def _fields(self) -> str:
+        """Names of the label fields."""
+        return ", ".join(dict.fromkeys(task.field for task in self._settings.tasks.values()))
 
     def _samples_of(self, sample_ids: Array) -> Array:
         """Places in the index."""

@@ -29,8 +29,8 @@ from lightning_gr.data.task import Task
 Array = np.ndarray[Any, Any]
 AnyPart = Part | Literal["unlabelled"]
 log = logging.getLogger(__name__)
-_VERSION = 1
-_ARRAYS = ("starts_U1", "places_S6", "counts_S3", "labels_SK")
+_VERSION = 2
+_ARRAYS = ("starts_U1", "places_S6", "counts_S3", "labels_SK", "passed_3")
 
 
 @dataclass(frozen=True)
@@ -64,14 +64,24 @@ class WindowIndex:
             history and candidates; which of a span's events are meant, their fields tell.
         counts_S3: how many of each there are.
         labels_SK: labels of each task, in the order of the tasks' names.
+        passed_3: of events of the whole store that have no label although one of their user of that time or later
+            has: how many there are, and the row and the place of the first one, -1 without one. Only a store without
+            `exposed` has them.
         folder: where the arrays are mapped from; None where they are in memory.
     """
 
     def __init__(
-        self, starts_U1: Array, places_S6: Array, counts_S3: Array, labels_SK: Array, *, folder: Path | None = None
+        self,
+        starts_U1: Array,
+        places_S6: Array,
+        counts_S3: Array,
+        labels_SK: Array,
+        passed_3: Array,
+        *,
+        folder: Path | None = None,
     ) -> None:
         self.starts_U1, self.places_S6, self.counts_S3 = starts_U1, places_S6, counts_S3
-        self.labels_SK, self._folder = labels_SK, folder
+        self.labels_SK, self.passed_3, self._folder = labels_SK, passed_3, folder
 
     def __len__(self) -> int:
         return len(self.places_S6)
@@ -79,7 +89,7 @@ class WindowIndex:
     def __reduce__(self) -> tuple[Any, ...]:
         if self._folder is not None:
             return WindowIndex.load, (self._folder,)
-        return WindowIndex, (self.starts_U1, self.places_S6, self.counts_S3, self.labels_SK)
+        return WindowIndex, tuple(getattr(self, name) for name in _ARRAYS)
 
     @staticmethod
     def load(folder: Path) -> WindowIndex:
@@ -172,18 +182,26 @@ def find_windows(
     if settings.aggregation.history is not None:
         checked["aggregation.history"] = settings.aggregation.history
     arrays: dict[AnyPart, list[tuple[Array, ...]]] = {part: [] for part in parts}
+    passed_3 = np.array([0, -1, -1])
     for group in range(len(store.group_bounds) - 1):
         first_row = int(store.group_bounds[group])
         rows = store.read_group(group, exposures.columns)
         check_events(store, checked, first_row, rows)
         events = _Events(store, settings, exposures, first_row, rows)
+        if len(events.passed):
+            first = passed_3[1:] if passed_3[0] else events.place(int(events.passed[0]))
+            passed_3 = np.array([passed_3[0] + len(events.passed), *first])
         for part in parts:
             arrays[part].append(events.samples(part, requests=requests))
-    return {part: _joined(found, len(settings.tasks)) for part, found in arrays.items()}
+    return {part: _joined(found, len(settings.tasks), passed_3) for part, found in arrays.items()}
 
 
 class _Events:
-    """What is known of the events of a row group."""
+    """What is known of the events of a row group.
+
+    Attributes:
+        passed: exposures without a label that wait for no score, since one of their user of that time or later has one.
+    """
 
     def __init__(
         self, store: EventStore, settings: WindowSettings, exposures: Exposures, first_row: int, rows: UserRows
@@ -207,16 +225,19 @@ class _Events:
         last_U = np.full(self._num_users, np.iinfo(np.int64).min)
         last_U[self._user_E[labelled]] = self._times_E[labelled]
         later_E = self._times_E > last_U[self._user_E]
-        lost = np.flatnonzero(waiting_E & ~later_E)
-        if exposures.has_field and len(lost):
-            user, place = int(self._user_E[lost[0]]), int(self._place_E[lost[0]])
+        self.passed = np.flatnonzero(waiting_E & ~later_E)
+        if exposures.has_field and len(self.passed):
             names = dict.fromkeys(task.field for task in self._settings.tasks.values())
             raise ValueError(
                 f"tasks: a candidate has no label ({', '.join(names)}), in "
-                f"{event_place(self._store, self._first_row + user, place)}, although a candidate of that user and "
+                f"{event_place(self._store, *self.place(int(self.passed[0])))}, although a candidate of that user and "
                 "time, or of a later time, has one; give it a label, or set its exposed to 0"
             )
         return waiting_E & later_E
+
+    def place(self, event: int) -> tuple[int, int]:
+        """The row of an event's user in the store, and the event's place in the user's history."""
+        return self._first_row + int(self._user_E[event]), int(self._place_E[event])
 
     def _candidates(self, part: AnyPart) -> Array:
         if part == "unlabelled":
@@ -277,8 +298,9 @@ def _least(array: Array) -> Array:
     return array.astype(np.min_scalar_type(int(array.max(initial=0))))
 
 
-def _joined(groups: Sequence[tuple[Array, ...]], num_tasks: int) -> WindowIndex:
+def _joined(groups: Sequence[tuple[Array, ...]], num_tasks: int, passed_3: Array) -> WindowIndex:
     empty = np.zeros(0, np.uint8), *(np.zeros((0, width), np.uint8) for width in (6, 3, num_tasks))
     of_users, *arrays = (np.concatenate(parts) for parts in zip(empty, *groups, strict=True))
     starts = _least(np.concatenate([[0], np.cumsum(of_users, dtype=np.int64)]))
-    return WindowIndex(starts, *arrays)
+    places, counts, labels = arrays
+    return WindowIndex(starts, places, counts, labels, passed_3)

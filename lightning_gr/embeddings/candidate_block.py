@@ -160,6 +160,10 @@ class CandidateBlock:
         _, inverse_M, counts = peers.gathered(self.ids_C).unique(return_inverse=True, return_counts=True)
         return peers.own(counts[inverse_M]), torch.tensor(len(counts), device=counts.device)
 
+    def num_candidates(self) -> int:
+        """How many candidates all processes have together."""
+        return sum(_Peers.of(self.ids_C, self.group).sizes)
+
     # ---- ranking -----------------------------------------------------------------------------------------------
 
     @torch.no_grad()

@@ -49,7 +49,15 @@ class GroupLayerNorm(nn.Module):
         return group_layer_norm(x_TD, weight_GD=self.weight, bias_GD=self.bias, groups_T=groups_T, eps=self.eps)
 
 
-def affine_rows(norm: nn.LayerNorm | GroupLayerNorm) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a norm, one row a group: what the fused operators take."""
-    weight, bias = norm.weight, norm.bias
+def affine_rows(norm: nn.LayerNorm | GroupLayerNorm, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a norm of `x_TD`, one row a group: what the fused operators take.
+
+    A norm without them has ones and zeros, in at least float32 on the device of `x_TD`.
+    """
+    weight: Tensor | None = norm.weight
+    bias: Tensor | None = norm.bias
+    if weight is None or bias is None:
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        ones = x_TD.new_ones((1, x_TD.shape[1]), dtype=dtype)
+        return ones, torch.zeros_like(ones)
     return (weight, bias) if weight.dim() == 2 else (weight[None], bias[None])

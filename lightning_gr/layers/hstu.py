@@ -63,6 +63,8 @@ class HSTULayer(nn.Module):
         activation: of the attention.
         scale: factor of the attention weights.
         num_norm_groups: groups of tokens with affine parameters of their own in both norms; 1 is plain layer norm.
+        bias_per_head: whether each head has bias tables of its own.
+        affine: whether the norms have weights and biases, and the projection a bias.
     """
 
     def __init__(
@@ -80,25 +82,30 @@ class HSTULayer(nn.Module):
         activation: Literal["silu", "softmax"],
         scale: float,
         num_norm_groups: int = 1,
+        bias_per_head: bool = True,
+        affine: bool = True,
     ) -> None:
         super().__init__()
         self.num_heads, self.qk_dim, self.v_dim = num_heads, qk_dim, v_dim
         self.dropout, self.attention_dropout = dropout, attention_dropout
         self.activation: Literal["silu", "softmax"] = activation
         self.scale = scale
-        self.input_norm = _norm(num_norm_groups, dim)
-        self.uvqk = nn.Linear(dim, num_heads * (2 * v_dim + 2 * qk_dim))
-        self.attention_norm = _norm(num_norm_groups, num_heads * v_dim)
+        self.input_norm = _norm(num_norm_groups, dim, affine=affine)
+        self.uvqk = nn.Linear(dim, num_heads * (2 * v_dim + 2 * qk_dim), bias=affine)
+        self.attention_norm = _norm(num_norm_groups, num_heads * v_dim, affine=affine)
         self.output = nn.Linear(num_heads * v_dim, dim)
         for linear in (self.uvqk, self.output):
             nn.init.normal_(linear.weight, std=_INIT_STD)
-            nn.init.zeros_(linear.bias)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        tables = num_heads if bias_per_head else 1
         self.position_table_PH = (
-            nn.Parameter(torch.randn(2 * max_length - 1, num_heads) * _INIT_STD) if position_bias else None
+            nn.Parameter(torch.randn(2 * max_length - 1, tables) * _INIT_STD) if position_bias else None
         )
         if self.position_table_PH is not None and position_bias == "recency":
-            self.position_table_PH.data += recency_bias(max_length, num_heads)
-        self.time_table_NH = nn.Parameter(torch.randn(time_buckets, num_heads) * _INIT_STD) if time_buckets else None
+            recency_PH = recency_bias(max_length, num_heads)
+            self.position_table_PH.data += recency_PH if bias_per_head else recency_PH.mean(1, keepdim=True)
+        self.time_table_NH = nn.Parameter(torch.randn(time_buckets, tables) * _INIT_STD) if time_buckets else None
 
     @override
     def forward(
@@ -135,13 +142,14 @@ class HSTULayer(nn.Module):
     ) -> Tensor:
         """``silu(W norm(x))``, (T, E): gates, values, queries and keys side by side, or one of them alone."""
         weight_ED: Tensor = self.uvqk.weight
-        bias_E: Tensor = self.uvqk.bias
+        bias_E: Tensor | None = self.uvqk.bias
+        bias_E = weight_ED.new_zeros(len(weight_ED)) if bias_E is None else bias_E
         if part is not None:
             v_width, qk_width = self.num_heads * self.v_dim, self.num_heads * self.qk_dim
             begin = {"u": 0, "v": v_width, "q": 2 * v_width, "k": 2 * v_width + qk_width}[part]
             rows = slice(begin, begin + (v_width if part in "uv" else qk_width))
             weight_ED, bias_E = weight_ED[rows], bias_E[rows]
-        norm_weight_GD, norm_bias_GD = affine_rows(self.input_norm)
+        norm_weight_GD, norm_bias_GD = affine_rows(self.input_norm, x_TD)
         return uvqk_projection(
             x_TD,
             norm_weight_GD=norm_weight_GD,
@@ -175,8 +183,8 @@ class HSTULayer(nn.Module):
             k_layout=k_layout,
             mask=mask,
             scale=self.scale,
-            position_table_PH=self.position_table_PH,
-            time_table_NH=self.time_table_NH if k_times_T is not None else None,
+            position_table_PH=_by_head(self.position_table_PH, self.num_heads),
+            time_table_NH=_by_head(self.time_table_NH, self.num_heads) if k_times_T is not None else None,
             q_times_T=q_times_T if k_times_T is not None else None,
             k_times_T=k_times_T,
             q_positions_T=q_positions_T,
@@ -192,7 +200,7 @@ class HSTULayer(nn.Module):
 
     def gated(self, attended: Tensor, u: Tensor, groups_T: Tensor | None) -> Tensor:
         """``dropout(u * norm(attended))``, (T, H * v_dim): what `output` takes."""
-        weight_GD, bias_GD = affine_rows(self.attention_norm)
+        weight_GD, bias_GD = affine_rows(self.attention_norm, attended)
         return group_layer_norm(
             attended,
             weight_GD=weight_GD,
@@ -205,8 +213,15 @@ class HSTULayer(nn.Module):
         )
 
 
-def _norm(num_groups: int, dim: int) -> nn.LayerNorm | GroupLayerNorm:
-    return nn.LayerNorm(dim) if num_groups == 1 else GroupLayerNorm(num_groups=num_groups, dim=dim)
+def _norm(num_groups: int, dim: int, *, affine: bool) -> nn.LayerNorm | GroupLayerNorm:
+    if num_groups == 1:
+        return nn.LayerNorm(dim, elementwise_affine=affine)
+    return GroupLayerNorm(num_groups=num_groups, dim=dim)
+
+
+def _by_head(table: Tensor | None, num_heads: int) -> Tensor | None:
+    """A bias table with a column for each head; those of a shared table are one."""
+    return None if table is None else table.expand(-1, num_heads)
 
 
 class HSTUEncoder(nn.Module):
@@ -233,6 +248,9 @@ class HSTUEncoder(nn.Module):
             same.
         num_norm_groups: groups of tokens with affine parameters of their own in the norms of every layer (MTGR, arXiv
             2505.18654, eq. 5-6); 1 is plain layer norm.
+        bias_per_head: whether each head has bias tables of its own; in Meta's code the heads of a layer share them.
+            With `recency`, what they share begins at the mean of the four reaches.
+        affine: whether the norms have weights and biases and the UVQK projection a bias; in Meta's code they have none.
 
     Raises:
         ValueError: a size that cannot work, by name.
@@ -257,6 +275,8 @@ class HSTUEncoder(nn.Module):
         scale: float | None = None,
         recompute: bool = False,
         num_norm_groups: int = 1,
+        bias_per_head: bool = True,
+        affine: bool = True,
     ) -> None:
         super().__init__()
         sizes: dict[str, int | None] = {"dim": dim, "num_layers": num_layers, "num_heads": num_heads}
@@ -267,6 +287,10 @@ class HSTUEncoder(nn.Module):
                 raise ValueError(f"{name}={size}: expected at least 1")
         if (qk_dim is None or v_dim is None) and dim % num_heads:
             raise ValueError(f"dim={dim}: not divisible by num_heads={num_heads}; change one, or give qk_dim and v_dim")
+        if num_norm_groups > 1 and not affine:
+            raise ValueError(
+                f"affine=False: num_norm_groups={num_norm_groups} is about affine parameters; leave one of them out"
+            )
         for name, rate in (("dropout", dropout), ("attention_dropout", attention_dropout)):
             if not 0 <= rate < 1:
                 raise ValueError(f"{name}={rate}: expected a probability in [0, 1)")
@@ -286,6 +310,8 @@ class HSTUEncoder(nn.Module):
                 activation=activation,
                 scale=1 / max_length if scale is None else scale,
                 num_norm_groups=num_norm_groups,
+                bias_per_head=bias_per_head,
+                affine=affine,
             )
             for _ in range(num_layers)
         )

@@ -28,6 +28,7 @@ from lightning_gr.layers.multi_task import MultiTaskHeads
 from lightning_gr.metrics import AUC, Calibration, GroupedAUC, NormalizedEntropy, WeightedMean
 from lightning_gr.models.best_candidates import best_candidates
 from lightning_gr.models.forward_flops import ForwardFlops
+from lightning_gr.models.longest_sample import refuse_longer_samples
 from lightning_gr.models.parameter_groups import ParameterGroup, optimizer_and_schedule
 from lightning_gr.models.ranking_tokens import candidate_places
 from lightning_gr.ops.backend import Backend, use_backend
@@ -42,7 +43,11 @@ USER = "user_id"
 
 
 class RankingNetwork(Protocol):
-    """What `RankingModule` asks of a network, such as `MTGR` or `DLRM`."""
+    """What `RankingModule` asks of a network, such as `MTGR` or `DLRM`.
+
+    A network with an attribute ``max_length`` takes samples of at most so many positions, all candidates of a sample
+    counted as one; data with longer ones are refused before the first batch.
+    """
 
     dim: int
     """Width of the states."""
@@ -169,6 +174,8 @@ class RankingModule(pl.LightningModule):
             raise MisconfigurationException(
                 f"top_k_task={self.top_k_task}: no such task; choose from {', '.join(self.features.tasks)}"
             )
+        limit = getattr(self.network, "max_length", None)
+        refuse_longer_samples(self, setting="network.max_length", max_length=limit, stage=stage)
         if self.metrics is None:
             self.metrics = nn.ModuleDict(
                 {

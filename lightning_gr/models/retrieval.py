@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import lightning.pytorch as pl
@@ -32,50 +32,32 @@ from lightning_gr.embeddings import (
 )
 from lightning_gr.embeddings.dynamic import DynamicTables
 from lightning_gr.metrics import NDCG, HitRate, MeanReciprocalRank, WeightedMean
+from lightning_gr.models.contrast import (
+    TASK,
+    Contrast,
+    Loss,
+    NamedNegatives,
+    NegativesDtype,
+    SharingReuse,
+    all_in_first,
+)
 from lightning_gr.models.corpus import Corpus, item_vocabulary
 from lightning_gr.models.forward_flops import ForwardFlops
+from lightning_gr.models.longest_sample import refuse_longer_samples
 from lightning_gr.models.parameter_groups import ParameterGroup, optimizer_and_schedule
+from lightning_gr.models.retrieval_scores import RetrievalScores, add_negatives, contrast_losses, kept_rows
 from lightning_gr.models.sequence_cost import causal
-from lightning_gr.negatives import UniformNegatives
+from lightning_gr.negatives import NegativeSampler
+from lightning_gr.negatives.offload import Offload
 from lightning_gr.ops.backend import Backend, use_backend
 from lightning_gr.ops.full_softmax import full_softmax_flops
 from lightning_gr.ops.interval_mask import IntervalMask
-from lightning_gr.ops.sampled_softmax import sampled_logits, sampled_softmax_flops
+from lightning_gr.ops.sampled_softmax import sampled_softmax_flops
 
 if TYPE_CHECKING:
     from torchrec import EmbeddingCollection
 
     from lightning_gr.embeddings.dynamic import DynamicEmbeddingCollection
-
-TASK = "next_item"
-_MASKED_LOGIT = -5e4  # finite, as in Meta's HSTU, so that a row of masked negatives has no NaN gradient
-
-Loss = Literal["full_softmax", "sampled_softmax", "bce"]
-Negatives = Literal["uniform", "in_batch"]
-
-
-@dataclass
-class RetrievalScores:
-    """What `RetrievalModule.score` returns; a logit is the similarity over the temperature.
-
-    Args:
-        tokens_N: the tokens that ask, as positions in the batch: labelled ones, or each last one in predict.
-        queries_ND: state of each, whose dot product with a candidate is the logit.
-        positives_N: logit of each label; None without labels.
-        negatives_NR: logits of negatives drawn for each label, where the loss takes such.
-        candidates: the corpus, or the labels of the global batch where they are each other's negatives.
-    """
-
-    tokens_N: Tensor
-    queries_ND: Tensor
-    positives_N: Tensor | None = None
-    negatives_NR: Tensor | None = None
-    candidates: CandidateBlock | None = None
-
-    def logits(self) -> Tensor:
-        """Logits (N, C) of this process's candidates."""
-        assert self.candidates is not None
-        return self.queries_ND @ self.candidates.embeddings_CD.T
 
 
 class RetrievalModule(pl.LightningModule):
@@ -97,8 +79,16 @@ class RetrievalModule(pl.LightningModule):
             entropy of the label and, on average, of its negatives (SASRec, arXiv 1808.09781). Validation and test log
             the full softmax over the corpus, whichever it is.
         negatives: `uniform` draws them from (seed, epoch, sample id, position); `in_batch` takes the distinct labels of
-            the global batch, each once.
-        num_negatives: uniform negatives a label.
+            the global batch, each once; others are classes of `lightning_gr.negatives`.
+        num_negatives: uniform negatives a label; a class has its own.
+        negatives_offload: keeps the rows of drawn negatives in host memory and fetches them in segments of labels
+            (TurboGR, arXiv 2605.13433, section 4.3.1); None keeps them on the device.
+        negatives_dtype: in which rows of drawn negatives are kept and multiplied; their gradients, and positives, stay
+            what they are. Halves their memory, not the exchange between ranks.
+        logit_sharing: over how many labels' drawn negatives the softmax of a label goes: its own and those of so many
+            other labels of its rank, without a further lookup (TurboGR, equation 2). 1 shares none.
+        logit_sharing_reuse: `negatives` multiplies shared negatives with the label's own query, as the equation says;
+            `logits` takes the other label's scores, as the text says.
         similarity: `cosine` normalises both sides to length 1; `dot` does not.
         temperature: divides the similarity.
         embedding_std: standard deviation of the first values of item embeddings.
@@ -124,8 +114,12 @@ class RetrievalModule(pl.LightningModule):
         encoder: nn.Module,
         num_items: int | None = None,
         loss: Loss = "full_softmax",
-        negatives: Negatives = "uniform",
+        negatives: NamedNegatives | NegativeSampler = "uniform",
         num_negatives: int = 128,
+        negatives_offload: Offload | None = None,
+        negatives_dtype: NegativesDtype = "float32",
+        logit_sharing: int = 1,
+        logit_sharing_reuse: SharingReuse = "negatives",
         similarity: Literal["cosine", "dot"] = "cosine",
         temperature: float = 0.05,
         embedding_std: float = 0.02,
@@ -141,12 +135,6 @@ class RetrievalModule(pl.LightningModule):
         super().__init__()
         if loss not in get_args(Loss):
             raise MisconfigurationException(f"loss={loss!r}: expected one of {', '.join(get_args(Loss))}")
-        if negatives not in get_args(Negatives):
-            raise MisconfigurationException(f"negatives={negatives!r}: expected uniform or in_batch")
-        if loss == "full_softmax" and negatives == "in_batch":
-            raise MisconfigurationException(
-                "negatives=in_batch: the full softmax has every item as a negative; use loss sampled_softmax or bce"
-            )
         if similarity not in ("cosine", "dot"):
             raise MisconfigurationException(f"similarity={similarity!r}: expected cosine or dot")
         if not 0 < temperature < math.inf:
@@ -163,9 +151,16 @@ class RetrievalModule(pl.LightningModule):
         self.backend: Backend = backend
         self.num_items = num_items
         self.loss = loss
-        self.draws = loss != "full_softmax" and negatives == "uniform"
-        self.in_batch = negatives == "in_batch"
-        self.negatives = UniformNegatives(num_negatives=num_negatives)
+        self.contrast = Contrast(
+            loss=loss,
+            negatives=negatives,
+            num_negatives=num_negatives,
+            offload=negatives_offload,
+            dtype=negatives_dtype,
+            sharing=logit_sharing,
+            reuse=logit_sharing_reuse,
+        )
+        self.in_batch = self.contrast.scope is not None
         self.dynamic_tables = dynamic_tables
         self.corpus, self.remove_seen = corpus, remove_seen
         self._corpus = Corpus(num_items)
@@ -192,6 +187,8 @@ class RetrievalModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         datamodule = getattr(self.trainer, "datamodule", None)
         refuse_static_tables(getattr(datamodule, "raw_ids", False), self.dynamic_tables)
+        limit = getattr(self.encoder, "max_length", None)
+        refuse_longer_samples(self, setting="encoder.max_length", max_length=limit, stage=stage)
         keys = getattr(datamodule, "item_keys", None)
         keys_I = self._corpus.keys_I if keys is None else torch.as_tensor(keys)
         if keys_I is not None:
@@ -204,11 +201,21 @@ class RetrievalModule(pl.LightningModule):
         if self.corpus is not None:
             ranked_C = self._corpus.ids_named(self.corpus, getattr(datamodule, "item_ids", None))
             self._corpus = replace(self._corpus, ranked_C=ranked_C)
+        if stage == "fit" and self.loss != "full_softmax":
+            counts = getattr(datamodule, "training_item_counts", None)
+            self.contrast.prepare(num_items=self.num_items, item_counts=counts)
         num_ranked = self._corpus.num_ranked
         if num_ranked is not None and max(self.top_k) > num_ranked:
             raise MisconfigurationException(
                 f"top_k={self.top_k}: the corpus has only {num_ranked} items; lower it to at most that"
             )
+
+    @override
+    def on_fit_start(self) -> None:
+        tokens = getattr(getattr(self.trainer, "datamodule", None), "global_tokens", None)
+        if tokens is not None and self.num_items is not None:
+            of_rank, dim = -(-tokens // self.trainer.world_size), int(self.encoder.dim)  # type: ignore[arg-type]
+            self.contrast.refuse_without_memory(num_items=self.num_items, labels=of_rank, dim=dim)
 
     def _check_without_items(self, stage: str) -> None:
         """Refuses what takes all items, where only the batches tell which there are."""
@@ -217,7 +224,7 @@ class RetrievalModule(pl.LightningModule):
                 "num_items: not given, and the Trainer has no datamodule that knows it; pass "
                 "RetrievalModule(num_items=...)"
             )
-        if stage == "fit" and not self.in_batch:
+        if stage == "fit" and (self.contrast.draws or not self.in_batch):
             raise MisconfigurationException(
                 f"loss={self.loss}: takes negatives from all items, and nothing says which there are; use loss "
                 "sampled_softmax or bce with negatives in_batch, or give num_items"
@@ -234,7 +241,7 @@ class RetrievalModule(pl.LightningModule):
             return
         from torchrec import EmbeddingConfig
 
-        drawn = ["sampled"] if self.draws else []
+        drawn = self.contrast.drawn_features
         item_table = EmbeddingConfig(
             name="item",
             num_embeddings=self.num_items or 1,  # dynamic tables do not ask
@@ -274,38 +281,13 @@ class RetrievalModule(pl.LightningModule):
         """
         from torchrec import KeyedJaggedTensor
 
-        num_sequences = batch.num_sequences
-        nothing = (torch.zeros(0, dtype=torch.int64), torch.zeros(num_sequences, dtype=torch.int64))
-        ids = {"item_id": (batch.features["item_id"].values(), batch.features["item_id"].lengths())}
-        ids["target"] = nothing
-        if self.draws:
-            ids = {"drawn": nothing} | ids
-            ids["sampled"] = nothing
-        ids["corpus"] = nothing
-        if TASK in batch.labels:
-            labels = batch.labels[TASK]
-            sequence_N = batch.layout.sequence_T[labels.tokens_N]
-            labels_B = torch.bincount(sequence_N, minlength=num_sequences)
-            if not (self.draws and training):
-                ids["target"] = (labels.values_N, labels_B)
-            else:
-                assert self.num_items is not None
-                negatives_NR = self.negatives.sample(
-                    num_items=self.num_items,
-                    seed=torch.initial_seed(),
-                    epoch=batch.epoch,
-                    sample_ids_N=batch.sample_ids_B[sequence_N],
-                    positions_N=batch.layout.position_T[labels.tokens_N],
-                )
-                # Each item is looked up once; what a label is scored against is said by places among those.
-                drawn_NK = torch.cat([labels.values_N[:, None], self._corpus.ids_of(negatives_NR)], 1)
-                items_U, places_NK = drawn_NK.unique(return_inverse=True)
-                ids["sampled"] = (items_U, _all_in_first(items_U, num_sequences))
-                ids["drawn"] = (places_NK.flatten(), labels_B * drawn_NK.shape[1])
+        ids = self.contrast.lookups(batch, training=training, num_items=self.num_items, corpus=self._corpus)
         holds_corpus = not training or self.loss == "full_softmax"
         if holds_corpus:
             share_C = corpus_share(self._corpus.ids(ranked=not training), self.tables)
-            ids["corpus"] = (share_C, _all_in_first(share_C, num_sequences))
+        else:
+            share_C = torch.zeros(0, dtype=torch.int64)
+        ids["corpus"] = (share_C, all_in_first(share_C, batch.num_sequences))
         features = KeyedJaggedTensor(
             keys=list(ids),
             values=torch.cat([values for values, _ in ids.values()]),
@@ -337,28 +319,25 @@ class RetrievalModule(pl.LightningModule):
     def score(self, features: Mapping[str, Tensor], batch: SequenceBatch) -> RetrievalScores:
         """Queries, candidates and logits of the labelled tokens; without labels, of each sequence's last token."""
         tokens_N = batch.labels[TASK].tokens_N if TASK in batch.labels else self._last_tokens(batch)
+        contrasted = TASK in batch.labels and self._has_negatives(batch)
+        draws = contrasted and self.contrast.draws
+        cosine = self.similarity == "cosine"
+        kept = kept_rows(self.contrast, features, normalise=cosine, backend=self.backend) if draws else None
         queries_ND = self._normalised(self.encode(features, batch)[tokens_N]) / self.temperature
         scores = RetrievalScores(tokens_N, queries_ND)
-        if self._has_drawn(batch):
-            drawn_NK = batch.features["drawn"].values().view(-1, 1 + self.negatives.num_negatives)
-            rows_UD = self._normalised(features["sampled"])
-            logits_NK = sampled_logits(queries_ND, rows_UD, drawn_NK, backend=self.backend)
-            scores.positives_N, scores.negatives_NR = logits_NK[:, 0], logits_NK[:, 1:]
-            return scores
-        if TASK in batch.labels:
+        if TASK in batch.labels and (not draws or self.contrast.targets_apart):
             targets_ND = self._normalised(features["target"])
             scores.positives_N = (queries_ND * targets_ND).sum(-1)
-        if not self._has_negatives(batch):
+        if not contrasted:
             corpus_CD, group = self._normalised(features["corpus"]), process_group_of(self.tables)
             scores.candidates = CandidateBlock(corpus_CD, batch.features["corpus"].values(), group)
-        else:
-            group = all_processes_of(self.tables)
+            return scores
+        if self.in_batch:
+            group = all_processes_of(self.tables) if self.contrast.scope == "global" else None
             scores.candidates = CandidateBlock(targets_ND, batch.labels[TASK].values_N, group)
+        rows = self._normalised(features["sampled"]) if draws and kept is None else kept
+        add_negatives(scores, self.contrast, rows, batch, backend=self.backend)
         return scores
-
-    def _has_drawn(self, batch: SequenceBatch) -> bool:
-        """Whether the batch names the items that each label is scored against."""
-        return self.draws and TASK in batch.labels and self._has_negatives(batch)
 
     def _has_negatives(self, batch: SequenceBatch) -> bool:
         """Whether the batch was made for a loss over negatives; otherwise it holds the corpus."""
@@ -380,33 +359,12 @@ class RetrievalModule(pl.LightningModule):
         """The sum of losses over this batch's labels, by task."""
         labels = batch.labels[TASK]
         with use_backend(self.backend):
-            losses_N = self._losses(scores, batch, labels.values_N)
+            losses_N = contrast_losses(
+                scores, labels.values_N, over_corpus=not self._has_negatives(batch), bce=self.loss == "bce"
+            )
         if labels.weights_N is not None:
             losses_N = losses_N * labels.weights_N
         return {TASK: losses_N.sum()}
-
-    def _losses(self, scores: RetrievalScores, batch: SequenceBatch, targets_N: Tensor) -> Tensor:
-        positives_N, bce = scores.positives_N, self.loss == "bce"
-        assert positives_N is not None
-        if scores.negatives_NR is not None:
-            drawn_NK = batch.features["drawn"].values().view(-1, 1 + self.negatives.num_negatives)
-            collides_NR = drawn_NK[:, 1:] == drawn_NK[:, :1]
-            if bce:
-                losses_NR = F.softplus(scores.negatives_NR).masked_fill(collides_NR, 0.0)
-                return F.softplus(-positives_N) + losses_NR.sum(1) / (~collides_NR).sum(1).clamp(min=1)
-            masked_NR = scores.negatives_NR.masked_fill(collides_NR, _MASKED_LOGIT)
-            return torch.cat([positives_N[:, None], masked_NR], 1).logsumexp(1) - positives_N
-        assert scores.candidates is not None
-        if not self._has_negatives(batch):
-            return scores.candidates.log_sum_exp(scores.queries_ND) - positives_N
-        times_C, num_distinct = scores.candidates.multiplicity()
-        log_weights_C = -times_C.to(positives_N.dtype).log()
-        own: dict[str, Tensor] = {"excluded_N": targets_N, "log_weights_C": log_weights_C}
-        if bce:
-            sums_N = scores.candidates.softplus_sum(scores.queries_ND, **own)
-            return F.softplus(-positives_N) + sums_N / (num_distinct - 1).clamp(min=1)
-        others_N = scores.candidates.log_sum_exp(scores.queries_ND, **own)
-        return torch.logaddexp(others_N, positives_N) - positives_N
 
     def sequence_cost(self) -> SequenceCost:
         """Forward floating-point operations of a history by its number of tokens, for balancing.
@@ -417,9 +375,9 @@ class RetrievalModule(pl.LightningModule):
         """
         flops = getattr(self.encoder, "flops", None)
         cost = cost_of(self.encoder) if flops is None else causal(flops)
-        if cost == TOKENS or not self.draws:
+        if cost == TOKENS or not self.contrast.draws:
             return cost
-        per_query = 2 * (1 + self.negatives.num_negatives) * int(self.encoder.dim)  # type: ignore[arg-type]
+        per_query = sampled_softmax_flops(1, self.contrast.num_scored(), int(self.encoder.dim))  # type: ignore[arg-type]
         return SequenceCost(cost.linear + per_query, cost.quadratic)
 
     def flops(self, batch: SequenceBatch) -> ForwardFlops | None:
@@ -436,11 +394,11 @@ class RetrievalModule(pl.LightningModule):
         head = again = 0
         if TASK in batch.labels:
             num_labels = batch.labels[TASK].num_labels
-            if self.draws:
-                head = sampled_softmax_flops(num_labels, self.negatives.num_negatives, dim)
-            else:
-                scores = (num_labels, self._labels_together(batch) if self.in_batch else self.num_items or 0, dim)
-                head = full_softmax_flops(*scores)
+            if self.contrast.draws:
+                head = sampled_softmax_flops(num_labels, self.contrast.num_scored(num_labels), dim)
+            if self.in_batch or not self.contrast.draws:
+                scores = (num_labels, self._num_candidates(batch), dim)
+                head += full_softmax_flops(*scores)
                 reduction: Literal["log_sum_exp", "softplus_sum"] = (
                     "softplus_sum" if self.loss == "bce" else "log_sum_exp"
                 )
@@ -450,8 +408,12 @@ class RetrievalModule(pl.LightningModule):
             again += recomputed(num_tokens, pairs)
         return ForwardFlops(attention=count(0, pairs), projections=count(num_tokens, 0), head=head, recomputed=again)
 
-    def _labels_together(self, batch: SequenceBatch) -> int:
-        """Of all processes; where batches are accumulated, a mean over those of a step."""
+    def _num_candidates(self, batch: SequenceBatch) -> int:
+        """Items, or labels that are each other's negatives: where batches accumulate, a mean over those of a step."""
+        if not self.in_batch:
+            return self.num_items or 0
+        if self.contrast.scope == "rank":
+            return batch.labels[TASK].num_labels
         group = all_processes_of(self.tables)
         accumulated = max(batch.gradient_divisor / (1 if group is None else group.size()), 1.0)
         return round(batch.denominators[TASK] / accumulated)
@@ -534,10 +496,3 @@ class RetrievalModule(pl.LightningModule):
                 "item vocabulary: the checkpoint was trained on other items than the data at hand, or with other "
                 "raw_ids, so rows would stand for the wrong items; use the data and raw_ids it was trained on"
             )
-
-
-def _all_in_first(ids: Tensor, num_sequences: int) -> Tensor:
-    """Lengths of a feature whose ids belong to no sequence: all stand with the first."""
-    lengths_B = torch.zeros(num_sequences, dtype=torch.int64)
-    lengths_B[0] = len(ids)
-    return lengths_B

@@ -5,56 +5,45 @@ Shape suffixes: N labelled tokens, R negatives a label.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
+from typing_extensions import override
 
 from lightning_gr.counter_random import counter_integers, name_key
+from lightning_gr.negatives.sampler import NegativeSampler, at_least_one
 
 
-class UniformNegatives:
+class UniformNegatives(NegativeSampler):
     """Draws items uniformly and with replacement; the target itself is drawn as often as any other item.
-
-    A negative is a function of (seed, epoch, sample id, position, its number), whoever draws it and beside whatever.
 
     Args:
         num_negatives: negatives a label, at least 1.
+        log_q: lowers each logit by ``log(num_negatives / items)``, so that the loss estimates that of the full softmax.
 
     Raises:
         ValueError: `num_negatives` is below 1.
     """
 
-    def __init__(self, *, num_negatives: int = 128) -> None:
-        if num_negatives < 1:
-            raise ValueError(f"num_negatives={num_negatives}: expected at least 1")
-        self.num_negatives = num_negatives
+    def __init__(self, *, num_negatives: int = 128, log_q: bool = False) -> None:
+        self.num_drawn = self.num_negatives = at_least_one(num_negatives)
+        self.log_q = log_q
 
-    def sample(self, *, num_items: int, seed: int, epoch: int, sample_ids_N: Tensor, positions_N: Tensor) -> Tensor:
-        """Negatives of each labelled token.
+    @override
+    def sample(
+        self,
+        *,
+        num_items: int,
+        seed: int,
+        epoch: int,
+        sample_ids_N: Tensor,
+        positions_N: Tensor,
+        first_number: int = 0,
+    ) -> Tensor:
+        counters = self._checked_numbers(num_items, sample_ids_N, positions_N, first_number)
+        return counter_integers(num_items, seed, name_key("negatives"), epoch, *counters)
 
-        Args:
-            num_items: items of the corpus; negatives are in 0 ... `num_items` - 1.
-            seed: the run's seed.
-            epoch: the epoch, so that every epoch draws others.
-            sample_ids_N: int64 stable id of the sample that each label belongs to.
-            positions_N: int64 position of the label in its sequence; with the sample id it names the label.
-
-        Returns:
-            int64 item rows of shape (N, R), on the device of `sample_ids_N`.
-
-        Raises:
-            ValueError: more negatives than items, or the two tensors have different shapes.
-        """
-        if self.num_negatives > num_items:
-            raise ValueError(
-                f"num_negatives={self.num_negatives}: the corpus has only num_items={num_items}; lower it to at most "
-                "that, or use the full softmax"
-            )
-        if sample_ids_N.dim() != 1 or sample_ids_N.shape != positions_N.shape:
-            raise ValueError(
-                f"UniformNegatives.sample: expected sample_ids_N and positions_N of one shape (N,), got "
-                f"{tuple(sample_ids_N.shape)} and {tuple(positions_N.shape)}"
-            )
-        numbers_R = torch.arange(self.num_negatives, device=sample_ids_N.device)
-        return counter_integers(
-            num_items, seed, name_key("negatives"), epoch, sample_ids_N[:, None], positions_N[:, None], numbers_R
-        )
+    @override
+    def log_drawn(self, rows: Tensor, *, num_items: int) -> Tensor:
+        return torch.full(rows.shape, math.log(self.num_drawn / num_items), dtype=torch.float64)

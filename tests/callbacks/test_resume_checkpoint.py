@@ -18,6 +18,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from fsspec.spec import AbstractFileSystem
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from typing_extensions import override
@@ -308,6 +309,48 @@ def run_best(folder: str, mode: str) -> tuple[str, float]:
 def test_the_best_is_found_and_can_be_evaluated(gloo: Any, tmp_path: Path) -> None:
     assert gloo(1).run(run_best, str(tmp_path / "min"), "min") == [("step=6.ckpt", 2.0)]
     assert gloo(1).run(run_best, str(tmp_path / "max"), "max") == [("step=4.ckpt", 8.0)]
+
+
+def run_best_afresh(folder: str, mode: str) -> list[str]:
+    """What a Trainer that has not trained evaluates for the best, with and without the link."""
+    from lightning_gr.callbacks.resume_checkpoint import ResumeCheckpoint
+    from lightning_gr.plugins import SequenceBalancedStrategy
+
+    save = {"every_n_steps": 100, "monitor": "val/score", "mode": mode}
+    fit(folder, save=save, limit_val_batches=1, val_check_interval=2, max_steps=9)
+    found = []
+    for _ in range(2):
+        callback = ResumeCheckpoint(dirpath=folder, monitor="val/score", mode=mode)  # type: ignore[arg-type]
+        trainer = pl.Trainer(
+            accelerator="cpu",
+            strategy=SequenceBalancedStrategy(),
+            callbacks=[callback],
+            logger=False,
+            enable_progress_bar=False,
+            limit_val_batches=1,
+        )
+        trainer.validate(Line(), Numbers(), ckpt_path="best", verbose=False)
+        found.append(Path(str(trainer.ckpt_path)).name)
+        (Path(folder) / "best.ckpt").unlink(missing_ok=True)
+    return found
+
+
+def test_the_best_is_found_by_a_process_that_has_not_trained(gloo: Any, tmp_path: Path) -> None:
+    assert gloo(1).run(run_best_afresh, str(tmp_path / "min"), "min") == [["step=6.ckpt"] * 2]
+    assert gloo(1).run(run_best_afresh, str(tmp_path / "max"), "max") == [["step=4.ckpt"] * 2]
+
+
+def test_before_training_there_is_no_best_in_an_empty_folder(tmp_path: Path) -> None:
+    from lightning_gr.callbacks.resume_checkpoint import ResumeCheckpoint
+
+    callback = ResumeCheckpoint(dirpath=str(tmp_path), monitor="val/score")
+    assert callback.best_model_path == ""
+    callback.trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=[callback])
+    callback.trainer.state.fn = TrainerFn.TESTING
+    with pytest.raises(
+        MisconfigurationException, match=r"ckpt_path=best: no complete checkpoint in .*; train or give"
+    ):
+        _ = callback.best_model_path
 
 
 def test_the_best_stays_the_best_after_a_resume_from_it(gloo: Any, tmp_path: Path) -> None:

@@ -110,3 +110,57 @@ def test_history_of_its_own_is_merged_and_counted(tmp_path: Path, capsys: pytest
     assert rows.count(["of", "them", "history", "3"]) == 2
     assert main([*words[:3], "--history", str(tmp_path / "none.csv"), *NAMES, "--overwrite=true"]) == 2
     assert "none.csv: no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("columns", "command"),
+    [
+        ("", "lightning-gr fit --config hstu/tiny --data"),
+        ("stars", "lightning-gr fit --config hstu/tiny --data"),
+        ("click", "lightning-gr fit --config mtgr/tiny --data"),
+        ("click order", "lightning-gr fit --config mtgr/tiny --data"),
+        (
+            "click order segment spend category price affinity distance",
+            "lightning-gr fit --config mtgr/exposures --data",
+        ),
+        ("click order segment spend category price affinity", "lightning-gr fit --config mtgr/tiny --data"),
+    ],
+)
+def test_the_recipe_that_fits_the_store_is_named(
+    columns: str, command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = columns.split()
+    rows = ["uid,sku,ts," + ",".join(names), *(f"{user},{user},10," + ",".join("1" * len(names)) for user in range(3))]
+    (tmp_path / "log.csv").write_text("\n".join(row.rstrip(",") for row in rows) + "\n")
+    labels = [name for name in names if name in ("click", "order", "stars")]
+    dense = [name for name in names if name not in labels]
+    flags = [f"--columns.labels=[{','.join(labels)}]", f"--columns.dense=[{','.join(dense)}]"]
+    assert main(["prepare", str(tmp_path / "log.csv"), str(tmp_path / "store"), *NAMES, *flags]) == 0
+    assert f"{command}.init_args.path {tmp_path / 'store'}" in capsys.readouterr().out
+
+
+def test_exposures_with_labels_of_their_own_are_not_taken_for_next_items(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "shown.csv").write_text("uid,sku,ts,bought\na,1,10,1\nb,2,20,0\n")
+    (tmp_path / "past.csv").write_text("ts,uid,sku\n5,a,7\n")
+    words = ["prepare", str(tmp_path / "shown.csv"), str(tmp_path / "store"), "--history", str(tmp_path / "past.csv")]
+    assert main([*words, *NAMES, "--columns.labels=[bought]"]) == 0
+    text = capsys.readouterr().out
+    assert "hstu/tiny" not in text
+    assert "lightning-gr recipes cp mtgr/tiny mine.yaml" in text
+
+
+def test_a_history_of_a_header_alone_is_said_by_name(tmp_path: Path) -> None:
+    (tmp_path / "shown.csv").write_text("uid,sku,ts,click\na,1,10,1\nb,2,20,0\n")
+    past = tmp_path / "past"
+    past.mkdir()
+    (past / "one.csv").write_text("ts,uid,sku\n5,a,7\n")
+    (past / "two.csv").write_text("ts,uid,sku\n")
+    words = ["prepare", str(tmp_path / "shown.csv"), str(tmp_path / "store"), "--history", str(past)]
+    with pytest.warns(
+        UserWarning, match=r"history=.*two\.csv: has no rows below its header, so it adds nothing"
+    ) as said:
+        assert main([*words, *NAMES, "--columns.labels=[click]"]) == 0
+    assert len(said) == 1
+    assert EventStore(tmp_path / "store").summary["history_rows_read"] == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import pytest
@@ -228,7 +228,9 @@ def _parse(monkeypatch: pytest.MonkeyPatch, *args: str) -> GRCLI:
 @pytest.mark.recipe
 @pytest.mark.parametrize("name", recipes.ls())
 def test_every_recipe_parses_and_flags_win(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    below = ["--config", "mtgr/exposures"] if "/ablations/" in name else []
+    bases = {"mtgr/ablations/": "mtgr/exposures", "turbogr/ablations/fuxi": "turbogr/fuxi-tiny"}
+    bases["turbogr/ablations/negatives"] = "hstu/amazon-beauty"
+    below = [word for start, base in bases.items() if name.startswith(start) for word in ("--config", base)]
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text("trainer:\n  max_epochs: 17\n  max_steps: 5\n")
     cli = _parse(monkeypatch, "fit", *below, "--config", name, "--config", str(overlay), "--trainer.max_steps", "7")
@@ -282,6 +284,69 @@ def test_private_names_are_still_there() -> None:
             # What a constructor sets is not on the class; the parser's options are such.
             found = getattr(found, part) if hasattr(found, part) else getattr(found(), part)
         assert reason
+
+
+A, B, C = {"name": "a", "group": "candidate", "dim": 3}, {"name": "b", "group": "candidate"}, {"name": "c"}
+NEW = "[{name: b}, {name: a, dim: 5}]"
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        (["--data.init_args.features", NEW], [{"name": "b"}, {"name": "a", "dim": 5}]),
+        ([f"--data.init_args.features={NEW}"], [{"name": "b"}, {"name": "a", "dim": 5}]),
+        (["--data.features", NEW], [{"name": "b"}, {"name": "a", "dim": 5}]),
+        (["--data.init_args", f"{{features: {NEW}}}"], [{"name": "b"}, {"name": "a", "dim": 5}]),
+        (["--data", f"{{init_args: {{features: {NEW}}}}}"], [{"name": "b"}, {"name": "a", "dim": 5}]),
+        (["--data.features=[{name: b}]", f"--data.features={NEW}"], [{"name": "b"}, {"name": "a", "dim": 5}]),
+        (["--data.init_args.features", NEW, "--config=one.yaml"], [A, B]),
+        (["--data.init_args.features+", "{name: c}"], [A, B, C]),
+        (["--data.init_args.features", NEW, "--data.init_args.features+", "[{name: c}]"],
+         [{"name": "b"}, {"name": "a", "dim": 5}, C]),
+        (["--data.init_args.features.dim", "7"], [A, B | {"dim": 7}]),
+    ],
+)  # fmt: skip
+def test_a_list_on_the_command_line_replaces_that_of_a_file(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    wanted: list[dict[str, Any]],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("one.yaml").write_text(
+        "data:\n  init_args:\n    features: [{name: a, group: candidate, dim: 3}, {name: b, group: candidate}]\n"
+    )
+    with pytest.raises(SystemExit):
+        main(["fit", "--config=mtgr/tiny", "--config=one.yaml", *words, "--print_config"])
+    printed = yaml.safe_load(capsys.readouterr().out)
+    found = [
+        {key: value for key, value in each.items() if value is not None}
+        for each in printed["data"]["init_args"]["features"]
+    ]
+    assert found == wanted
+    assert "replace_lists" not in printed
+
+
+def test_callbacks_on_the_command_line_take_nothing_from_those_of_a_file(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    of_class = "lightning_gr.callbacks.ResumeCheckpoint"
+    first = f"[{{class_path: {of_class}, init_args: {{monitor: x, mode: max}}}}]"
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "fit",
+                "--config=mtgr/tiny",
+                "--trainer.callbacks",
+                first,
+                "--trainer.callbacks",
+                f"[{of_class}]",
+                "--print_config",
+            ]
+        )
+    (callback,) = yaml.safe_load(capsys.readouterr().out)["trainer"]["callbacks"]
+    assert callback["init_args"]["monitor"] != "x"
 
 
 def test_a_list_in_a_further_file_replaces_the_one_before(

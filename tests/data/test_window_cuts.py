@@ -6,6 +6,7 @@ import logging
 import math
 import multiprocessing
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -451,11 +452,70 @@ def test_settings_that_cannot_work_are_named(tmp_path: Path) -> None:
 
 def test_a_part_without_candidates_says_what_there_is(tmp_path: Path) -> None:
     store = make_store(tmp_path, [[(1, NAN, NAN, 0), (2, NAN, NAN, 1)]])
-    with pytest.raises(ValueError, match=r"no window of the train part has a candidate: of the 2 events .* exposed 1"):
+    said = r"no window of the train part has a candidate: of the 2 events .* it has 2 .*1 have exposed 1 and no label "
+    with pytest.raises(ValueError, match=said + r"\(click, order\), 1 are history .*; nor has any other .* see tasks"):
         cuts_of(store).samples(0, 1)
     labelled = make_store(tmp_path / "b", [GOOD])
     with pytest.raises(ValueError, match=r"no exposure that waits for a score, which has no label \(click, order\)"):
         cuts_of(labelled, part="unlabelled", requests=True).samples(0, 1)
+    later = ByTime(val_from=7, test_from=8)
+    with pytest.raises(ValueError, match=r"the test part .* of the 2 events .* it has 0 \(by-time-7-8\).*; see split$"):
+        cuts_of(labelled, part="test", split=later).samples(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("split", "part", "events", "waiting"),
+    [
+        (LeaveOneOut(), "val", 3, 2),
+        (LeaveOneOut(), "test", 3, 3),
+        (ByUser(val=0.0, test=0.999999), "test", 3, 3),
+        (LastShare(val=0.2, test=0.2), "test", 6, 5),
+    ],
+)
+@pytest.mark.parametrize("exposed", [True, False])
+def test_a_split_by_count_of_a_log_that_ends_in_requests_points_to_time(
+    tmp_path: Path, split: Split, part: Any, events: int, waiting: int, exposed: bool
+) -> None:
+    # Ten events each, of which the last two wait for a score, but for one that is history of another log.
+    request = [(20, NAN, NAN, 1), (20, NAN, NAN, 1)]
+    users: list[list[Event]] = [[(t, float(t % 2), NAN, 1) for t in range(8)] + request for _ in range(3)]
+    users[0][8] = (20, NAN, NAN, 0)
+    store = make_store(tmp_path, users, exposed=exposed)
+    with pytest.raises(ValueError, match=f"no window of the {part} part has a candidate: of the 30 events") as error:
+        cuts_of(store, split=split, part=part).samples(0, 3)
+    said = str(error.value)
+    assert "split such a log by time, with lightning_gr.data.ByTime(val_from, test_from)" in said
+    assert f"it has {events} ({split.identity()})" in said
+    assert f"of which {waiting if exposed else events} have " in said
+    assert (f", {events - waiting} are history (exposed 0);" in said) == exposed
+    # What the message names does it.
+    for each in ("train", "val", "test"):
+        cuts = cuts_of(store, split=ByTime(val_from=4, test_from=6), part=each)
+        assert len(cuts.samples(0, 3)[0]) == 3
+
+
+@pytest.mark.parametrize("history", [None, Task("click")])
+def test_an_event_without_a_label_amid_labelled_ones_is_told_of(tmp_path: Path, history: Task | None) -> None:
+    passed: Event = (2, NAN, NAN, 1)
+    users = [GOOD, GOOD, [*GOOD, (5, NAN, NAN, 1)], [*GOOD[:1], passed, passed, (4, 1.0, NAN, 1), (9, NAN, NAN, 1)]]
+    store = make_store(tmp_path, users, exposed=False)
+    aggregation = Aggregation(window=DAY, history=history)
+    becomes = "and history" if history is None else "and no history either, since history is click"
+    said = (
+        r"2 events of .* have no label \(click, order\) although one of their user of that time or later has one; "
+        rf"the first is .*part-00001\.parquet, row 1 \(user u3\), event 1; they are no candidates, {becomes}"
+    )
+    for _ in range(2):  # what a first run found is kept with the store, and a second one says it again
+        cuts = cuts_of(store, aggregation=aggregation)
+        with pytest.warns(UserWarning, match=said):
+            cuts.samples(0, 4)
+    waiting = cuts_of(store, part="unlabelled", requests=True, aggregation=aggregation)
+    with pytest.warns(UserWarning, match=said):
+        assert [piece for *_, piece in found_samples(waiting, store)] == [[2], [4]]
+    whole = make_store(tmp_path / "whole", [GOOD, [*GOOD, (5, NAN, NAN, 1)]], exposed=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        cuts_of(whole, aggregation=aggregation).samples(0, 2)
 
 
 def test_a_store_without_times_and_an_exposed_of_another_kind_are_refused(tmp_path: Path) -> None:

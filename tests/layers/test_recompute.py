@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_gr.layers import HSTUEncoder, SASRecEncoder
+from lightning_gr.layers import FuXiEncoder, HSTUEncoder, SASRecEncoder
 from lightning_gr.models import MTGR
 from lightning_gr.ops.backend import use_backend
 from lightning_gr.ops.interval_mask import IntervalMask
@@ -20,6 +20,7 @@ KINDS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
     "hstu": (HSTUEncoder, {"attention_dropout": 0.3}),
     "softmax": (HSTUEncoder, {"activation": "softmax", "qk_dim": 3, "v_dim": 5}),
     "sasrec": (SASRecEncoder, {}),
+    "fuxi": (FuXiEncoder, {}),
 }
 
 

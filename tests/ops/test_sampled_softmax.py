@@ -22,6 +22,7 @@ from lightning_gr.ops.backend import use_backend
 from lightning_gr.ops.native import load_native
 from lightning_gr.ops.sampled_softmax import (
     cpu,
+    kernels_of,
     sampled_logits,
     sampled_softmax_bytes,
     sampled_softmax_flops,
@@ -180,6 +181,27 @@ def test_logits_serve_other_losses(path: str) -> None:
     torch.testing.assert_close(found, wanted)
     gradients = [torch.autograd.grad(F.softplus(x).sum(), y) for x, y in ((found, ours), (wanted, theirs))]
     torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_each_kernel_is_its_sum(path: str, dtype: torch.dtype, tolerance: float) -> None:
+    queries, rows, arguments = make(11, 4, 6, 5)
+    queries, rows, places = queries.to(dtype), rows.to(dtype), arguments["negatives_TR"]
+    weights = torch.randn(places.shape, generator=torch.Generator().manual_seed(4), dtype=torch.float64).to(dtype)
+    dots, d_queries, d_rows = (torch.zeros(*size, dtype=torch.float64) for size in ((11, 4), (11, 5), (6, 5)))
+    for t, named in enumerate(places.tolist()):
+        for k, u in enumerate(named):
+            dots[t, k] = (queries[t].double() * rows[u].double()).sum()
+            d_queries[t] += weights[t, k].double() * rows[u].double()
+            d_rows[u] += weights[t, k].double() * queries[t].double()
+    kernels = kernels_of(path)  # type: ignore[arg-type]
+    for found, wanted in (
+        (kernels.dots(queries, rows, places), dots),
+        (kernels.queries_gradient(weights, rows, places), d_queries),
+        (kernels.rows_gradient(weights, queries, places, 6), d_rows),
+    ):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), wanted, rtol=tolerance, atol=tolerance)
 
 
 def test_frozen_inputs_and_strides(path: str) -> None:

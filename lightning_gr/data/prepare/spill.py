@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -113,7 +114,14 @@ def spill(
             temporary = finished.with_suffix(".tmp")
             temporary.write_text(json.dumps(counts.__dict__))
             os.replace(temporary, finished)
-        total.add(Counts(**json.loads(finished.read_text())))
+        counts = Counts(**json.loads(finished.read_text()))
+        total.add(counts)
+        if counts.rows == 0 and number >= len(log.files):
+            warnings.warn(
+                f"history={file}: has no rows below its header, so it adds nothing; give the file that has the events, "
+                "or leave it out",
+                stacklevel=2,
+            )
         done += sizes[number]
         progress("reading", done, sum(sizes))
     return total

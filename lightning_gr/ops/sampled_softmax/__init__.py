@@ -13,10 +13,18 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from lightning_gr.ops.backend import Backend, choose_backend
-from lightning_gr.ops.sampled_softmax.fused import GatheredDots
+from lightning_gr.ops.sampled_softmax.fused import GatheredDots, Kernels, kernels_of
 from lightning_gr.ops.sampled_softmax.reference import sampled_logits_reference
 
-__all__ = ["sampled_logits", "sampled_softmax_bytes", "sampled_softmax_flops", "sampled_softmax_loss"]
+__all__ = [
+    "Kernels",
+    "check_places",
+    "kernels_of",
+    "sampled_logits",
+    "sampled_softmax_bytes",
+    "sampled_softmax_flops",
+    "sampled_softmax_loss",
+]
 
 
 def sampled_softmax_loss(
@@ -125,6 +133,22 @@ def _check_indices(name: str, indices: Tensor, queries_TD: Tensor, rows_UD: Tens
         raise ValueError(f"rows_UD: expected width {queries_TD.shape[1]} like queries_TD, got {rows_UD.shape[1]}")
     if rows_UD.device != queries_TD.device:
         raise ValueError(f"rows_UD: expected the device of queries_TD, {queries_TD.device}, got {rows_UD.device}")
+    check_places(name, indices, queries_TD, rows_UD.shape[0])
+
+
+def check_places(name: str, indices: Tensor, queries_TD: Tensor, num_rows: int) -> None:
+    """Refuses indices that do not name rows for each query.
+
+    Args:
+        name: of the argument, for the message.
+        indices: int64, one or more rows a token.
+        queries_TD: a query a token.
+        num_rows: rows of the table.
+
+    Raises:
+        ValueError: another dtype, device or number of tokens, or an index outside the table; the latter is looked at
+            on the CPU, and elsewhere only under ``LIGHTNING_GR_DEBUG=1``.
+    """
     if indices.dtype != torch.int64 or indices.device != queries_TD.device:
         raise ValueError(
             f"{name}: expected int64 on the device of queries_TD, {queries_TD.device}, got {indices.dtype} on "
@@ -134,9 +158,9 @@ def _check_indices(name: str, indices: Tensor, queries_TD: Tensor, rows_UD: Tens
         raise ValueError(f"{name}: expected {queries_TD.shape[0]} tokens like queries_TD, got {indices.shape[0]}")
     if indices.numel() and (indices.device.type == "cpu" or os.environ.get("LIGHTNING_GR_DEBUG") == "1"):
         low, high = (int(x) for x in indices.aminmax())
-        if low < 0 or high >= rows_UD.shape[0]:
+        if low < 0 or high >= num_rows:
             raise ValueError(
-                f"{name}: expected rows of rows_UD, 0 ... {rows_UD.shape[0] - 1}, got {low} ... {high}; index the "
+                f"{name}: expected rows of rows_UD, 0 ... {num_rows - 1}, got {low} ... {high}; index the "
                 "looked-up rows, not the whole table"
             )
 

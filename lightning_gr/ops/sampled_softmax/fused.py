@@ -12,7 +12,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_gr.ops.backend import Backend, refuse_second_derivative
-from lightning_gr.ops.sampled_softmax import cpu, triton_kernel
+from lightning_gr.ops.sampled_softmax import cpu, reference, triton_kernel
 
 
 class Kernels(Protocol):
@@ -31,7 +31,12 @@ class Kernels(Protocol):
         ...
 
 
-_KERNELS: dict[Backend, Kernels] = {"cpu": cpu, "triton": triton_kernel}
+_KERNELS: dict[Backend, Kernels] = {"cpu": cpu, "triton": triton_kernel, "reference": reference}
+
+
+def kernels_of(backend: Backend) -> Kernels:
+    """The products and sums of one backend, `reference`, `cpu` or `triton`, for operators that are made of them."""
+    return _KERNELS[backend]
 
 
 class GatheredDots(torch.autograd.Function):
