@@ -347,9 +347,7 @@ def test_before_training_there_is_no_best_in_an_empty_folder(tmp_path: Path) -> 
     assert callback.best_model_path == ""
     callback.trainer = pl.Trainer(accelerator="cpu", logger=False, callbacks=[callback])
     callback.trainer.state.fn = TrainerFn.TESTING
-    with pytest.raises(
-        MisconfigurationException, match=r"ckpt_path=best: no complete checkpoint in .*; train or give"
-    ):
+    with pytest.raises(MisconfigurationException, match=r"ckpt_path=best: no complete checkpoint in .*; train or give"):
         _ = callback.best_model_path
 
 
