@@ -4,11 +4,12 @@ python benchmarks/bench_ablation.py [--repeats 5] [--steps 16] [--quick] [--json
 
 Lightning's Trainer under `SequenceBalancedStrategy` trains the model of ablation_model.py (HSTU over the sum of six
 embeddings, sampled softmax) on a synthetic log in KuaiRand's form: items by Zipf's law, their authors, music, tags and
-types, log-normal lengths with a heavy tail, a fixed number of samples a step. Each row of the table has what is in its
-name beside all of the rows above it:
+types, log-normal lengths with a heavy tail. A step's samples are those of a token budget, the same for all rows; each
+process gets a half. Each row of the table has what is in its name beside all of the rows above it:
 
-- `base`: TorchRec's static tables, a table a feature, sharded by rows; sequences padded to the longest that is allowed;
-  negatives of every position, padded ones too, each looked up and kept as a row of its own; nothing runs ahead
+- `base`: samples as they come; TorchRec's static tables, a table a feature, sharded by rows; sequences padded to the
+  longest that is allowed; negatives of every position, padded ones too, each looked up and kept as a row of its own;
+  nothing runs ahead
 - `dynamic`: lightning-gr's dynamic tables in their place, apart, every id sent as it comes
 - `merging`: tables of one width are one
 - `dedup`: ids are made distinct before they travel and where they arrive

@@ -93,12 +93,20 @@ class _KeepingWriter(ExperimentWriter):
     def _check_log_dir_exists(self) -> None:
         """Lightning's deletes the file."""
 
+    @override
+    def save(self) -> None:
+        # Another process may have added columns: a test beside a training.
+        if self.metrics and (keys := self._read()[0]):
+            self.metrics_keys = keys
+        super().save()
+
     def _read(self) -> tuple[list[str], list[dict[str, Any]]]:
         if not self._fs.isfile(self.metrics_file_path):
             return [], []
         with self._fs.open(self.metrics_file_path, "r", newline="") as file:
             reader = csv.DictReader(file)
-            return list(reader.fieldnames or []), list(reader)
+            keys = list(reader.fieldnames or [])
+            return keys, [row for row in reader if None not in row and None not in row.values()]
 
     def begin(self, step: int | None) -> None:
         """Removes the rows from this step on, but those of tests; with None the whole file.
@@ -118,12 +126,13 @@ class _KeepingWriter(ExperimentWriter):
             self._fs.rm_file(self.metrics_file_path)
             self.metrics_keys = []
             return
-        kept = [row for row in rows if _stays(row, step)]
-        if len(kept) < len(rows):
-            with self._fs.open(self.metrics_file_path, "w", newline="") as file:
-                writer = csv.DictWriter(file, fieldnames=keys, extrasaction="ignore")
-                writer.writeheader()
-                writer.writerows(kept)
+        # Always, since the last line may be torn; under another name first, so that the file is never half written.
+        beside = f"{self.metrics_file_path}.new"
+        with self._fs.open(beside, "w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=keys)
+            writer.writeheader()
+            writer.writerows(row for row in rows if _stays(row, step))
+        self._fs.mv(beside, self.metrics_file_path)
 
 
 def _stays(row: dict[str, Any], step: int) -> bool:

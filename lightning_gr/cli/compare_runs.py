@@ -26,6 +26,8 @@ ONE_RUN = "--one-run"
 """The first word of the command ``compare`` that is started for every run; see `compare_run`."""
 
 _SECONDS_TO_STOP = 5.0
+_LARGE = 1 << 24
+"""Bytes from which on a file is known by when it changed."""
 _ERROR = "lightning-gr: error: "
 _INTERRUPTED = 130
 
@@ -124,9 +126,22 @@ def fingerprint(files: Sequence[Path], settings: Sequence[str], seed: int) -> st
         seed: of the run.
     """
     environment = {x: y for x, y in os.environ.items() if x.startswith("LIGHTNING_GR_") and x != TRACEBACK_VARIABLE}
-    parts = [__version__, os.getcwd(), str(seed), sorted(environment.items()), list(settings)]
+    parts: list[Any] = [__version__, os.getcwd(), str(seed), sorted(environment.items()), list(settings)]
     parts.append([_without_header(file.read_text(encoding="utf-8")) for file in files])
+    parts.append([_state_of(Path(x.partition("=")[2] if x.startswith("-") else x)) for x in settings])
     return hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+
+
+def _state_of(path: Path) -> str | int | None:
+    """The text of a file that is given as a setting, or when a large one changed; None where there is no file."""
+    try:
+        if not path.is_file():
+            return None
+        if path.stat().st_size > _LARGE:
+            return path.stat().st_mtime_ns
+        return hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest()
+    except (OSError, ValueError):
+        return None  # longer than names may be
 
 
 def _without_header(text: str) -> str:

@@ -123,10 +123,14 @@ def kept_bytes(
 ) -> int:
     """Bytes that autograd keeps of a forward pass, each tensor once; parameters and scores of candidates left out.
 
+    Neither do rows count that wait in host memory.
+
     Scores are left out since they are not linear in tokens and are made in chunks beyond a size.
     """
     if batch.holds_corpus and corpus_rows is not None:
         batch = _shortened(batch, corpus_rows)
+    from lightning_gr.negatives.host_memory import noted_host_memory
+
     own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()] if not p.is_meta}
     kept: dict[int, int] = {}
     num_candidates, num_queries = num_scored(model, batch), sum(x.num_labels for x in batch.labels.values())
@@ -134,11 +138,11 @@ def kept_bytes(
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         scores = num_candidates > 0 and tensor.shape == (num_queries, num_candidates)
-        if storage.data_ptr() not in own and not scores:
+        if storage.data_ptr() not in own and storage.data_ptr() not in of_host and not scores:
             kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with noted_host_memory() as of_host, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = loss_of(model, batch, random_rows(batch, dims), bf16=bf16)
     loss.backward()
     return sum(kept.values())

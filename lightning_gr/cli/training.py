@@ -78,7 +78,8 @@ def with_lists_replaced(words: Sequence[str]) -> list[str]:
             if not is_joined:
                 value = words[place + 1] if place + 1 < len(words) else ""
             holds_list = set("[{\n") & set(value) or value.endswith((".yaml", ".yml", ".json"))
-            if holds_list and not value.startswith("--") and not key.endswith("+"):  # --KEY+ appends
+            # --KEY+ appends, and a path is no list, whatever its file ends with.
+            if holds_list and not key.endswith(("+", "path")) and not value.startswith("--"):
                 found.append(f"--{_FORGET}={key}={value}")
         found.append(word)
     return found

@@ -42,11 +42,13 @@ def main(argv: Sequence[str]) -> int:
     _refuse_missing_data(recipe, settings)
     metrics = [one.metric for one in header.expected]
     with Stop() as stop:
-        if args.ckpt_path is None:
+        checkpoint = None if args.ckpt_path is None else _checkpoint(args.ckpt_path)
+        if checkpoint is None:
             _train(recipe, seeds, metrics, settings, args.output, stop, force=args.force)
         else:
-            _evaluate(recipe, _checkpoint(args.ckpt_path), metrics, settings, args.output, stop)
-    numbers = _numbers(recipe, header, settings, args.ckpt_path)
+            print(f"{recipe.name}: testing {checkpoint}")
+            _evaluate(recipe, checkpoint, metrics, settings, args.output, stop)
+    numbers = _numbers(recipe, header, settings, checkpoint)
     _show(recipe, header, numbers)
     if args.json:
         print(json.dumps(finite(numbers)))
@@ -128,7 +130,7 @@ def _default_path(recipe: Contender, settings: list[str]) -> str | None:
 
     if any(word.partition("=")[0] in _MAY_HOLD_A_PATH for word in settings):
         return None
-    if any(name.startswith("LIGHTNING_GR_FIT__DATA") for name in os.environ):
+    if any(name.startswith(("LIGHTNING_GR_FIT__DATA", "LIGHTNING_GR_TEST__DATA")) for name in os.environ):
         return None
     path = None
     for file in recipe.files:

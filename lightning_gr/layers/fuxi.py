@@ -9,6 +9,7 @@ P rows of the position table, C = channels x H x V, F width inside the feed-forw
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -273,6 +274,8 @@ class FuXiEncoder(nn.Module):
             raise ValueError(f"dim={dim}: not divisible by num_heads={num_heads}; change one, or give qk_dim and v_dim")
         if not 0 <= dropout < 1:
             raise ValueError(f"dropout={dropout}: expected a probability in [0, 1)")
+        if scale is not None and not 0 < scale < math.inf:
+            raise ValueError(f"scale={scale}: expected a number above 0")
         if position_map not in ("random", "recency"):
             raise ValueError(f"position_map={position_map!r}: expected random or recency")
         self.dim, self.max_length, self.dropout, self.recompute = dim, max_length, dropout, recompute

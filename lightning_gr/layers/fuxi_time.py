@@ -5,6 +5,7 @@ Shape suffixes: H heads, K numbers of a head: buckets, or parameters of a formul
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -22,6 +23,8 @@ _LARGEST_RAW = 15.0
 
 class FuXiTimeFunction(nn.Module):
     """``f(gap)`` of each head with parameters that any real number can be, so that an optimiser may step them freely.
+
+    Beyond +-15, where float32 has no more to tell, powers and decays stay as they are and have no gradient.
 
     Strengths begin as small random numbers, like the entries of a table. Powers of ``power_law`` begin at 1, of
     ``exponential_power`` at 1/2, whose decays begin at ``h / (H + 1)``: with a unit of a day some heads forget within
@@ -47,7 +50,7 @@ class FuXiTimeFunction(nn.Module):
         for name, size in (("num_heads", num_heads), ("time_buckets", num_buckets)):
             if size < 1:
                 raise ValueError(f"{name}={size}: expected at least 1")
-        if not unit > 0:
+        if not 0 < unit < math.inf:
             raise ValueError(f"time_unit={unit}: expected seconds above 0")
         self.kind: TimeFunctionName = kind
         self.unit = unit

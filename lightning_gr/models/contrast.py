@@ -77,8 +77,14 @@ class Contrast:
                 )
             self.sampler, name = negatives, type(negatives).__name__
         elif negatives in get_args(NamedNegatives):
-            uniform, name = UniformNegatives(num_negatives=num_negatives), negatives
-            self.sampler = uniform if negatives == "uniform" else InBatchNegatives()
+            name = negatives
+            is_uniform = negatives == "uniform"
+            self.sampler = UniformNegatives(num_negatives=num_negatives) if is_uniform else InBatchNegatives()
+            if not is_uniform and num_negatives != _USUAL_NEGATIVES:
+                rank_zero_warn(
+                    f"num_negatives={num_negatives}: not honoured, since negatives=in_batch takes the labels of the "
+                    "batch; leave it out"
+                )
         else:
             raise MisconfigurationException(
                 f"negatives={negatives!r}: expected uniform or in_batch, or a class of lightning_gr.negatives"
@@ -98,6 +104,8 @@ class Contrast:
         self._check_drawn_rows(offload, dtype, sharing, reuse)
         self.offload, self.dtype = offload, _DTYPES[dtype]
         self.sharing, self.reuse = sharing, reuse
+        self.seed: int | None = None
+        """The run's, once it begins; None takes torch's."""
         self.targets_apart = self.draws and (self.scope is not None or self.dtype is not None)
         """Whether positives are looked up by themselves and not among the items drawn."""
 
@@ -110,7 +118,7 @@ class Contrast:
         ):
             if value not in choices:
                 raise MisconfigurationException(f"{name}={value!r}: expected one of {', '.join(choices)}")
-        if sharing < 1:
+        if not isinstance(sharing, int) or sharing < 1:
             raise MisconfigurationException(
                 f"logit_sharing={sharing}: expected at least 1, which is each label's own negatives alone"
             )
@@ -144,6 +152,30 @@ class Contrast:
             self.sampler.prepare(num_items=num_items, item_counts=item_counts)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
+
+    def begin(self, *, seed: int, accumulates: bool, num_items: int | None, labels: int | None, dim: int) -> None:
+        """Takes the run's seed, says which settings depend on how a batch is cut, and looks at the host's memory.
+
+        Args:
+            seed: from which negatives are drawn, the same on every rank.
+            accumulates: whether an optimiser step is made of several batches.
+            num_items: items of the corpus; None where nothing says which there are.
+            labels: labels that a rank may have in a batch; None where nothing says how many.
+            dim: width of the rows.
+
+        Raises:
+            MisconfigurationException: the rows of a batch do not fit into the host's memory.
+        """
+        if num_items is not None and labels is not None:
+            self.refuse_without_memory(num_items=num_items, labels=labels, dim=dim)
+        self.seed = seed
+        of_batch = {f"negatives of scope {self.scope}": self.scope is not None, "logit_sharing": self.sharing > 1}
+        for name, is_set in of_batch.items():
+            if is_set and accumulates:
+                rank_zero_warn(
+                    f"{name}: labels are contrasted within each of the batches that make a step, and not over the "
+                    "step, so that losses depend on how many there are (accumulate_grad_batches, tokens_per_rank)"
+                )
 
     def refuse_without_memory(self, *, num_items: int, labels: int, dim: int) -> None:
         """Refuses to keep rows in host memory that has no room for those of a batch.
@@ -210,7 +242,7 @@ class Contrast:
         if self.draws:
             assert num_items is not None
             drawn_for = {
-                "seed": torch.initial_seed(),
+                "seed": torch.initial_seed() if self.seed is None else self.seed,
                 "epoch": batch.epoch,
                 "sample_ids_N": batch.sample_ids_B[sequence_N],
                 "positions_N": batch.layout.position_T[labels.tokens_N],

@@ -213,9 +213,14 @@ class RetrievalModule(pl.LightningModule):
     @override
     def on_fit_start(self) -> None:
         tokens = getattr(getattr(self.trainer, "datamodule", None), "global_tokens", None)
-        if tokens is not None and self.num_items is not None:
-            of_rank, dim = -(-tokens // self.trainer.world_size), int(self.encoder.dim)  # type: ignore[arg-type]
-            self.contrast.refuse_without_memory(num_items=self.num_items, labels=of_rank, dim=dim)
+        self.contrast.begin(
+            # Not each rank's own, which a user may have set differently.
+            seed=int(self.trainer.strategy.broadcast(torch.initial_seed())),
+            accumulates=self.trainer.accumulate_grad_batches > 1,
+            num_items=self.num_items,
+            labels=None if tokens is None else -(-tokens // self.trainer.world_size),
+            dim=int(self.encoder.dim),  # type: ignore[arg-type]
+        )
 
     def _check_without_items(self, stage: str) -> None:
         """Refuses what takes all items, where only the batches tell which there are."""
@@ -318,8 +323,9 @@ class RetrievalModule(pl.LightningModule):
 
     def score(self, features: Mapping[str, Tensor], batch: SequenceBatch) -> RetrievalScores:
         """Queries, candidates and logits of the labelled tokens; without labels, of each sequence's last token."""
+        # With negatives_offload or 16 bit features serve once: the rows of negatives are taken out of them.
         tokens_N = batch.labels[TASK].tokens_N if TASK in batch.labels else self._last_tokens(batch)
-        contrasted = TASK in batch.labels and self._has_negatives(batch)
+        contrasted = TASK in batch.labels and not batch.holds_corpus
         draws = contrasted and self.contrast.draws
         cosine = self.similarity == "cosine"
         kept = kept_rows(self.contrast, features, normalise=cosine, backend=self.backend) if draws else None
@@ -339,10 +345,6 @@ class RetrievalModule(pl.LightningModule):
         add_negatives(scores, self.contrast, rows, batch, backend=self.backend)
         return scores
 
-    def _has_negatives(self, batch: SequenceBatch) -> bool:
-        """Whether the batch was made for a loss over negatives; otherwise it holds the corpus."""
-        return not batch.holds_corpus
-
     def _normalised(self, vectors: Tensor) -> Tensor:
         return F.normalize(vectors, dim=-1, eps=1e-6) if self.similarity == "cosine" else vectors
 
@@ -359,9 +361,7 @@ class RetrievalModule(pl.LightningModule):
         """The sum of losses over this batch's labels, by task."""
         labels = batch.labels[TASK]
         with use_backend(self.backend):
-            losses_N = contrast_losses(
-                scores, labels.values_N, over_corpus=not self._has_negatives(batch), bce=self.loss == "bce"
-            )
+            losses_N = contrast_losses(scores, labels.values_N, over_corpus=batch.holds_corpus, bce=self.loss == "bce")
         if labels.weights_N is not None:
             losses_N = losses_N * labels.weights_N
         return {TASK: losses_N.sum()}

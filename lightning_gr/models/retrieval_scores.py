@@ -59,21 +59,26 @@ class RetrievalScores:
 def kept_rows(
     contrast: Contrast, features: Mapping[str, Tensor], *, normalise: bool, backend: Backend
 ) -> KeptRows | None:
-    """Takes the drawn rows out of `features` if that saves memory; None leaves them there.
+    """Keeps the drawn rows where that saves memory, taken out of `features` if they go elsewhere or become narrower.
 
-    To be called before the encoder: rows whose lookup nobody holds any more are freed, and their gradient is made last.
-    What else came out of the same exchange, as sharded tables give it, is copied, or it would hold the rows that went
-    elsewhere or became narrower. Rows that stay as they are gain where they are normalised, part by part; the reference
-    operators leave that to autograd, which differentiates twice.
+    None leaves them to be multiplied as they are. To be called before the encoder: rows whose lookup nobody holds any
+    more are freed, and their gradient is made last. What else came out of the same exchange, as sharded tables give it,
+    is copied, or it would hold the rows that went elsewhere or became narrower. Rows that stay as they are gain where
+    they are normalised, part by part; the reference operators leave that to autograd, which differentiates twice.
     """
     goes = contrast.offload is not None or contrast.dtype is not None
+    if goes and "sampled" not in features:
+        raise ValueError(
+            "features: the rows of negatives went to where negatives_offload or negatives_dtype keeps them when these "
+            "were first scored; look them up again, by embed(batch)"
+        )
     if not goes and not (normalise and choose_backend(backend, features["sampled"].device) != "reference"):
         return None
     if goes and isinstance(features, dict):
         together = _storage(features["sampled"])
         features |= {name: x.clone() for name, x in features.items() if name != "sampled" and _storage(x) == together}
     return keep_rows(
-        features.pop("sampled") if isinstance(features, dict) else features["sampled"],
+        features.pop("sampled") if goes and isinstance(features, dict) else features["sampled"],
         offload=contrast.offload,
         dtype=contrast.dtype,
         normalise=normalise,

@@ -4,15 +4,33 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+_addresses: ContextVar[set[int] | None] = ContextVar("lightning_gr_host_addresses", default=None)
+
+
+@contextmanager
+def noted_host_memory() -> Iterator[set[int]]:
+    """Inside, collects the addresses of what `host_empty` makes; on a CPU nothing else tells it from a device's."""
+    addresses: set[int] = set()
+    token = _addresses.set(addresses)
+    try:
+        yield addresses
+    finally:
+        _addresses.reset(token)
+
 
 def host_empty(num_rows: int, dim: int, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """An uninitialised matrix in host memory, pinned where `device` is a GPU, so that copies need no waiting."""
-    return torch.empty(num_rows, dim, dtype=dtype, pin_memory=device.type == "cuda")
+    made = torch.empty(num_rows, dim, dtype=dtype, pin_memory=device.type == "cuda")
+    if (addresses := _addresses.get()) is not None:
+        addresses.add(made.untyped_storage().data_ptr())
+    return made
 
 
 def available_host_memory(root: Path = Path("/")) -> int:

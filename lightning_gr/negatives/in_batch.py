@@ -24,7 +24,8 @@ class InBatchNegatives(NegativeSampler):
 
     Args:
         scope: `global` takes the labels of the global batch, whose losses do not depend on the number of ranks, for one
-            exchange of queries; `rank` takes those of this process alone, whose losses do depend on it.
+            exchange of queries; `rank` takes those of this process alone, whose losses do depend on it. Where a step is
+            made of several batches, either takes the labels of one of them.
         log_q: corrects for popular items being negatives more often.
         counts: with `log_q`, a file with a count for each item row, ``.npy`` or text with one a line; None takes how
             often each item is a label of the datamodule's training part.
@@ -84,4 +85,16 @@ class InBatchNegatives(NegativeSampler):
     def log_label_share(self, rows: Tensor) -> Tensor:
         if self._shares is None:
             raise ValueError("InBatchNegatives: log_q was asked for before prepare() read how often items occur")
-        return self._shares.log_share(rows)
+        num_items = len(self._shares)
+        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < num_items:
+            raise ValueError(
+                f"InBatchNegatives: labels {int(rows.min())} ... {int(rows.max())} and counts of {num_items} items; "
+                "log_q needs a count for each item that may be a label"
+            )
+        found = self._shares.log_share(rows)
+        if bool(found.isneginf().any()):
+            raise ValueError(
+                f"InBatchNegatives: item row {int(rows[found.isneginf()][0])} is a label and has a count of 0, so that "
+                "nothing says how often it is expected; set smoothing, such as 1, or give counts of what is trained on"
+            )
+        return found

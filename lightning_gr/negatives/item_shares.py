@@ -25,9 +25,11 @@ class ItemShares:
     """
 
     def __init__(self, counts_I: Tensor, *, power: float = 1.0, smoothing: float = 0.0) -> None:
-        weights_I = (counts_I.to(torch.float64) + smoothing) ** power
-        self._sums_I = weights_I.cumsum(0)
-        self._log_shares_I = (weights_I / self._sums_I[-1]).log()
+        log_weights_I = power * (counts_I.to(torch.float64) + smoothing).log()
+        # An item that does not occur has no share, whatever the power.
+        log_weights_I = log_weights_I.masked_fill(counts_I + smoothing <= 0, -torch.inf)
+        self._log_shares_I = log_weights_I - log_weights_I.logsumexp(0)
+        self._sums_I = self._log_shares_I.exp().cumsum(0)
 
     def __len__(self) -> int:
         return len(self._sums_I)
@@ -90,7 +92,10 @@ def read_shares(
         )
     if not bool((counts_I + smoothing > 0).any()):
         raise ValueError(f"{owner}: {whence} are all 0; give the counts of a part that has events")
-    return ItemShares(counts_I, power=power, smoothing=smoothing)
+    shares = ItemShares(counts_I, power=power, smoothing=smoothing)
+    if not absent_allowed and bool((shares.log_share(torch.arange(num_items)).exp() == 0).any()):
+        raise ValueError(f"{owner}: power={power} leaves items without a share that can be drawn; lower it")
+    return shares
 
 
 def check_shares(owner: str, *, power: float, smoothing: float) -> None:
@@ -115,8 +120,10 @@ def counts_in(path: str) -> Tensor:
         raise FileNotFoundError(f"counts={path}: no such file; give an .npy file or text with one count an item row")
     try:
         counts_I = np.load(path) if path.endswith(".npy") else np.loadtxt(path, ndmin=1)
-    except ValueError as error:
+    except (ValueError, EOFError) as error:
         raise ValueError(f"counts={path}: cannot be read ({error}); expected one number an item row") from error
+    if not isinstance(counts_I, np.ndarray):
+        raise ValueError(f"counts={path}: holds several arrays; expected one of a number an item row")
     if counts_I.ndim != 1 or counts_I.dtype.kind not in "iuf":
         raise ValueError(
             f"counts={path}: expected one number an item row, got {counts_I.dtype} of shape {counts_I.shape}"

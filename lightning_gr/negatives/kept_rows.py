@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_gr.negatives.host_memory import host_empty
 from lightning_gr.negatives.offload import Offload
 from lightning_gr.negatives.row_segments import RowSegments, copy_stream, wait_on_host
-from lightning_gr.ops.backend import Backend, choose_backend, refuse_second_derivative
+from lightning_gr.ops.backend import Backend, choose_backend
 from lightning_gr.ops.sampled_softmax import check_places, kernels_of
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -220,7 +220,11 @@ class _Logits(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, weights_NK: Tensor) -> Any:
-        refuse_second_derivative("KeptRows.logits", ctx.backend)
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "KeptRows.logits: rows that are kept are differentiable once; leave out negatives_offload and "
+                "negatives_dtype, and take backend='reference', to differentiate the gradient"
+            )
         queries_ND, rows_UD, places_NK, local_NK = ctx.saved_tensors
         weights_NK, d_queries_ND, d_handle = weights_NK.contiguous(), None, None
         if ctx.needs_input_grad[0]:

@@ -24,8 +24,8 @@ class Offload:
     """
 
     def __init__(self, *, segment: int = 100) -> None:
-        if segment < 1:
-            raise ValueError(f"segment={segment}: expected at least 1 label")
+        if not isinstance(segment, int) or segment < 1:
+            raise ValueError(f"segment={segment}: expected at least 1 label, a whole number")
         self.segment = segment
         self._pinned = 0
 
@@ -52,7 +52,12 @@ class Offload:
         Raises:
             ValueError: they do not fit.
         """
-        needed = (num_rows + 2 * segment_rows) * dim * dtype.itemsize
+        row = dim * dtype.itemsize
+        # Of pinned memory torch takes powers of two.
+        needed = sum(
+            1 << (each * row - 1).bit_length() if pinned and each else each * row
+            for each in (num_rows, segment_rows, segment_rows)
+        )
         grows = needed - self._pinned if pinned else needed
         if grows <= 0:
             return

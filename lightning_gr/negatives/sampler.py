@@ -122,8 +122,8 @@ def at_least_one(num_negatives: int) -> int:
     """The number itself.
 
     Raises:
-        ValueError: it is below 1.
+        ValueError: it is below 1 or no whole number.
     """
-    if num_negatives < 1:
-        raise ValueError(f"num_negatives={num_negatives}: expected at least 1")
+    if not isinstance(num_negatives, int) or num_negatives < 1:
+        raise ValueError(f"num_negatives={num_negatives}: expected at least 1, a whole number")
     return num_negatives

@@ -140,3 +140,21 @@ def test_a_torn_line_is_left_out_where_training_goes_on(tmp_path: Path) -> None:
     fit(tmp_path, 10, ckpt_path=str(tmp_path / "saved" / "step=8.ckpt"))
     assert list(column(tmp_path, TRAINED)) == list(range(10))
     assert all("step" in row for row in rows(tmp_path))
+
+
+def test_columns_that_a_test_beside_the_training_adds_are_kept_apart(tmp_path: Path) -> None:
+    training = ResumableCSVLogger(str(tmp_path), name="run", version="csv", flush_logs_every_n_steps=1)
+    training.log_metrics({TRAINED: 0.9}, step=9)
+    beside = ResumableCSVLogger(str(tmp_path), name="run", version="csv", flush_logs_every_n_steps=1)
+    beside.log_metrics({"test/HR@10": 0.25}, step=9)
+    training.log_metrics({TRAINED: 0.8}, step=19)
+    assert column(tmp_path, TRAINED) == {9: 0.9, 19: 0.8}
+    assert column(tmp_path, "test/HR@10") == {9: 0.25}
+
+
+def test_a_line_that_broke_off_behind_a_number_is_not_glued_to_the_next(tmp_path: Path) -> None:
+    fit(tmp_path, 8)
+    file = tmp_path / "run" / "csv" / "metrics.csv"
+    file.write_text(file.read_text() + "0,1")
+    fit(tmp_path, 10, ckpt_path=str(tmp_path / "saved" / "step=8.ckpt"))
+    assert column(tmp_path, TRAINED) == {step: float(step) for step in range(10)}

@@ -41,7 +41,7 @@ def paths(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         {"split": ByTime(val_from=1_000_240, test_from=1_000_420)},
         {"raw_ids": True},
     ],
-    ids=str,
+    ids=", ".join,
 )
 def test_items_are_counted_as_the_labels_of_an_epoch(kind: str, changes: dict[str, Any], paths: Any) -> None:
     given: dict[str, Any] = {"path": paths[kind], "global_tokens": 48, "max_length": 8, "seed": 3}

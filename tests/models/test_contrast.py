@@ -48,11 +48,17 @@ def test_settings_that_cannot_work_are_named(changes: dict[str, Any], message: s
         RetrievalModule(encoder=Encoder(), **({"loss": "sampled_softmax"} | changes))
 
 
-def started(datamodule: Any = None, **changes: Any) -> RetrievalModule:
+def started(datamodule: Any = None, *, accumulate: int = 1, **changes: Any) -> RetrievalModule:
     module = RetrievalModule(
         encoder=Encoder(), **({"loss": "sampled_softmax", "num_items": ITEMS, "top_k": [1]} | changes)
     )
-    trainer = SimpleNamespace(datamodule=datamodule, enable_validation=False, world_size=2)
+    trainer = SimpleNamespace(
+        datamodule=datamodule,
+        enable_validation=False,
+        world_size=2,
+        accumulate_grad_batches=accumulate,
+        strategy=SimpleNamespace(broadcast=lambda seed: seed + 1),  # of a rank with another seed than this one's
+    )
     module.trainer = trainer  # type: ignore[assignment]
     module.setup("fit")
     module.on_fit_start()
@@ -87,7 +93,20 @@ def test_offload_without_host_memory_for_it_is_refused_at_start(monkeypatch: pyt
     started(**asked)
 
 
+def test_the_first_ranks_seed_is_everybodys() -> None:
+    torch.manual_seed(3)
+    assert started(num_negatives=3).contrast.seed == 4
+
+
+@pytest.mark.parametrize("changes", [{"negatives": "in_batch"}, {"logit_sharing": 2, "num_negatives": 3}])
+def test_negatives_of_a_part_of_a_step_are_said(changes: dict[str, Any]) -> None:
+    with pytest.warns(UserWarning, match="labels are contrasted within each of the batches that make a step"):
+        started(accumulate=2, **changes)
+
+
 def test_settings_that_are_not_honoured_are_said() -> None:
+    with pytest.warns(UserWarning, match="num_negatives=7: not honoured, since negatives=in_batch"):
+        RetrievalModule(encoder=Encoder(), loss="sampled_softmax", negatives="in_batch", num_negatives=7)
     with pytest.warns(
         UserWarning, match="num_negatives=7: not honoured, since negatives=UniformNegatives says how many"
     ):

@@ -209,7 +209,9 @@ def test_the_label_itself_is_not_chosen_as_a_hard_negative() -> None:
     assert float(loss_of(module, batch).detach()) == pytest.approx(wanted, rel=1e-5)
 
 
-@pytest.mark.parametrize("changes", [{}, {"negatives_offload": Offload(segment=2)}, {"logit_sharing": 3}], ids=str)
+@pytest.mark.parametrize(
+    "changes", [{}, {"negatives_offload": Offload(segment=2)}, {"logit_sharing": 3}], ids=", ".join
+)
 @pytest.mark.parametrize("log_q", [False, True])
 def test_with_all_items_as_negatives_it_is_the_full_softmax(log_q: bool, changes: dict[str, Any]) -> None:
     sampler = UniformNegatives(num_negatives=ITEMS, log_q=log_q or "logit_sharing" in changes)
@@ -345,7 +347,7 @@ def test_rows_in_host_memory_give_the_same_losses_and_gradients(segment: int, ch
 
 
 @pytest.mark.parametrize(
-    "changes", [{"negatives_offload": Offload(segment=2)}, {"negatives_dtype": "float16"}], ids=str
+    "changes", [{"negatives_offload": Offload(segment=2)}, {"negatives_dtype": "float16"}], ids=", ".join
 )
 def test_nobody_holds_the_rows_that_are_kept_elsewhere(changes: dict[str, Any]) -> None:
     import weakref
@@ -416,7 +418,7 @@ def test_only_labelled_tokens_have_negatives(
         (InBatchNegatives(scope="rank"), {}, 5),
         (MixedNegatives(samplers=[UniformNegatives(num_negatives=4), InBatchNegatives()]), {}, 1 + 4 + 5),
     ],
-    ids=str,
+    ids=lambda x: type(x).__name__ if isinstance(x, NegativeSampler) else str(x),
 )
 def test_what_is_multiplied_is_counted(negatives: Any, changes: dict[str, Any], scored: int) -> None:
     module = make_module(negatives, **changes)
@@ -428,3 +430,35 @@ def test_what_is_multiplied_is_counted(negatives: Any, changes: dict[str, Any], 
     if changes.get("logit_sharing") == 50:
         drawn_alone = 1 + 6 * 50  # of a batch of any size
     assert per_token == 2 * DIM * drawn_alone
+
+
+@pytest.mark.parametrize("similarity", ["cosine", "dot"])
+def test_features_may_be_scored_twice(similarity: str) -> None:
+    module = make_module(similarity=similarity)
+    ready = looked_up(module)
+    features = module.embed(ready)
+    one, two = (module.loss_sums(module.score(features, ready), ready)["next_item"] for _ in range(2))
+    assert one == two
+    torch.testing.assert_close(
+        torch.autograd.grad(one + two, module.encoder.matrix)[0],  # type: ignore[union-attr]
+        2 * torch.autograd.grad(loss_of(module), module.encoder.matrix)[0],  # type: ignore[union-attr]
+    )
+
+
+def test_features_whose_negatives_were_taken_are_named() -> None:
+    module = make_module(negatives_dtype="float16")
+    ready = looked_up(module)
+    features = module.embed(ready)
+    module.score(features, ready)
+    with pytest.raises(ValueError, match=r"^features: the rows of negatives went .* embed\(batch\)"):
+        module.score(features, ready)
+
+
+def test_a_label_that_logq_knows_nothing_of_is_named() -> None:
+    module = make_module(InBatchNegatives(log_q=True))
+    counts = torch.arange(ITEMS)  # item 0 never occurs, and is a label
+    module.contrast.prepare(num_items=ITEMS, item_counts=lambda: counts)
+    with pytest.raises(ValueError, match=r"InBatchNegatives: item row 0 is a label and has a count of 0"):
+        looked_up(module)
+    with pytest.raises(ValueError, match=r"labels 0 \.\.\. 13 and counts of 13 items"):
+        module.contrast.sampler.log_label_share(torch.tensor([0, 13]))

@@ -31,13 +31,12 @@ def test_more_than_the_machine_has_is_refused_without_being_told_how_much_that_i
 
 def test_pinned_memory_that_torch_kept_is_not_asked_for_again() -> None:
     offload = Offload()
-    offload.refuse_without_memory(10, 1, pinned=True, available=40)
-    offload.refuse_without_memory(9, 1, pinned=True, available=0)
-    offload.refuse_without_memory(12, 1, pinned=True, available=8)
-    with pytest.raises(ValueError, match=r" need 4 bytes of host memory, and 3 are left"):
-        offload.refuse_without_memory(13, 1, pinned=True, available=3)
-    with pytest.raises(ValueError, match=r" need 4 bytes of host memory, and 3 are left"):  # what failed was not taken
-        offload.refuse_without_memory(13, 1, pinned=True, available=3)
+    offload.refuse_without_memory(10, 1, pinned=True, available=64)  # 40 bytes, of which torch makes a power of two
+    offload.refuse_without_memory(16, 1, pinned=True, available=0)
+    for _ in range(2):  # what failed was not taken
+        with pytest.raises(ValueError, match=r" need 64 bytes of host memory, and 63 are left"):
+            offload.refuse_without_memory(17, 1, pinned=True, available=63)
+    offload.refuse_without_memory(17, 1, pinned=True, available=64)
     with pytest.raises(ValueError, match=r" need 40 bytes"):  # what is not pinned goes back each step
         offload.refuse_without_memory(10, 1, available=39)
 
