@@ -237,7 +237,14 @@ class Contrast:
         if not training:
             return ids
         if LABEL_LOG_Q in ids:
-            log_q = self._log_q(corpus.rows_of(labels.values_N), num_items)
+            rows_N = corpus.rows_of(labels.values_N)
+            if bool((unknown_N := self.sampler.log_label_share(rows_N).isneginf()).any()):
+                raise ValueError(
+                    f"{type(self.sampler).__name__}: item row {int(rows_N[unknown_N][0])} is a label and has a count "
+                    "of 0, so that nothing says how often it is expected; set smoothing, such as 1, or give counts of "
+                    "what is trained on"
+                )
+            log_q = self._log_q(rows_N, num_items)
             ids[LABEL_LOG_Q] = (log_q, 2 * labels_B)
         if self.draws:
             assert num_items is not None

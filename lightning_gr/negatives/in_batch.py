@@ -88,13 +88,7 @@ class InBatchNegatives(NegativeSampler):
         num_items = len(self._shares)
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < num_items:
             raise ValueError(
-                f"InBatchNegatives: labels {int(rows.min())} ... {int(rows.max())} and counts of {num_items} items; "
-                "log_q needs a count for each item that may be a label"
+                f"InBatchNegatives: item rows {int(rows.min())} ... {int(rows.max())} and counts of {num_items} items; "
+                "log_q needs a count for each item"
             )
-        found = self._shares.log_share(rows)
-        if bool(found.isneginf().any()):
-            raise ValueError(
-                f"InBatchNegatives: item row {int(rows[found.isneginf()][0])} is a label and has a count of 0, so that "
-                "nothing says how often it is expected; set smoothing, such as 1, or give counts of what is trained on"
-            )
-        return found
+        return self._shares.log_share(rows)

@@ -460,5 +460,5 @@ def test_a_label_that_logq_knows_nothing_of_is_named() -> None:
     module.contrast.prepare(num_items=ITEMS, item_counts=lambda: counts)
     with pytest.raises(ValueError, match=r"InBatchNegatives: item row 0 is a label and has a count of 0"):
         looked_up(module)
-    with pytest.raises(ValueError, match=r"labels 0 \.\.\. 13 and counts of 13 items"):
+    with pytest.raises(ValueError, match=r"item rows 0 \.\.\. 13 and counts of 13 items"):
         module.contrast.sampler.log_label_share(torch.tensor([0, 13]))
