@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from typing_extensions import override
 
+from lightning_gr.layers.encoder_input import entered_tokens
 from lightning_gr.layers.fuxi_time import FuXiTimeFunction, TimeFunctionName
 from lightning_gr.layers.recompute import recomputed
 from lightning_gr.ops.fuxi_bias import fuxi_bias, fuxi_bias_flops
 from lightning_gr.ops.hstu_attention import attention_flops, hstu_attention
 from lightning_gr.ops.interval_mask import IntervalMask
 from lightning_gr.ops.jagged import JaggedLayout
-from lightning_gr.ops.position_encoding import add_encodings
 
 _INIT_STD = 0.02
 _EPS = 1e-6
@@ -332,21 +332,17 @@ class FuXiEncoder(nn.Module):
         Raises:
             ValueError: a sequence has more positions than `max_length`, or `x_TD` does not fit the layout and `dim`.
         """
-        if x_TD.shape != (layout.num_tokens, self.dim):
-            raise ValueError(
-                f"x_TD: expected ({layout.num_tokens} tokens, dim={self.dim}), got shape {tuple(x_TD.shape)}"
-            )
-        longest = layout.max_length if num_positions is None else num_positions
-        if longest > self.max_length:
-            counted = "tokens" if num_positions is None else "positions"
-            raise ValueError(
-                f"max_length={self.max_length}: a sequence has {longest} {counted}; raise the encoder's "
-                "max_length or lower the data's"
-            )
-        if self.position_PD is not None:
-            given_T = layout.position_T if positions_T is None else positions_T
-            x_TD = add_encodings(x_TD, positions_T=given_T, position_table_PD=self.position_PD)
-        x_TD = F.dropout(x_TD, self.dropout, self.training)
+        x_TD = entered_tokens(
+            x_TD,
+            layout=layout,
+            dim=self.dim,
+            max_length=self.max_length,
+            position_PD=self.position_PD,
+            positions_T=positions_T,
+            num_positions=num_positions,
+            dropout=self.dropout,
+            training=self.training,
+        )
         inputs: dict[str, Any] = {"layout": layout, "mask": mask, "times_T": times_T}
         inputs |= {"request_times_T": request_times_T, "positions_T": positions_T}
         for layer in self.layers:

@@ -10,16 +10,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 from typing_extensions import override
 
+from lightning_gr.layers.encoder_input import entered_tokens
 from lightning_gr.layers.group_layer_norm import GroupLayerNorm, affine_rows
 from lightning_gr.layers.recompute import recomputed
 from lightning_gr.ops.group_layer_norm import group_layer_norm
 from lightning_gr.ops.hstu_attention import attention_flops, hstu_attention
 from lightning_gr.ops.interval_mask import IntervalMask
 from lightning_gr.ops.jagged import JaggedLayout
-from lightning_gr.ops.position_encoding import add_encodings
 from lightning_gr.ops.uvqk_projection import uvqk_projection
 
 _INIT_STD = 0.02
@@ -361,21 +360,17 @@ class HSTUEncoder(nn.Module):
         self, x_TD: Tensor, *, layout: JaggedLayout, positions_T: Tensor | None, num_positions: int | None = None
     ) -> Tensor:
         """Tokens as the first layer takes them: checked, with their input positions, and with dropout."""
-        if x_TD.shape != (layout.num_tokens, self.dim):
-            raise ValueError(
-                f"x_TD: expected ({layout.num_tokens} tokens, dim={self.dim}), got shape {tuple(x_TD.shape)}"
-            )
-        longest = layout.max_length if num_positions is None else num_positions
-        if longest > self.max_length:
-            counted = "tokens" if num_positions is None else "positions, its candidates counted as one"
-            raise ValueError(
-                f"max_length={self.max_length}: a sequence has {longest} {counted}; raise the encoder's "
-                "max_length or lower the data's"
-            )
-        if self.position_PD is not None:
-            given_T = layout.position_T if positions_T is None else positions_T
-            x_TD = add_encodings(x_TD, positions_T=given_T, position_table_PD=self.position_PD)
-        return F.dropout(x_TD, self.dropout, self.training)
+        return entered_tokens(
+            x_TD,
+            layout=layout,
+            dim=self.dim,
+            max_length=self.max_length,
+            position_PD=self.position_PD,
+            positions_T=positions_T,
+            num_positions=num_positions,
+            dropout=self.dropout,
+            training=self.training,
+        )
 
     def flops(self, num_tokens: int, num_visible_pairs: int) -> int:
         """Forward floating-point operations for these many tokens and visible pairs."""
