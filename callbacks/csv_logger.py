@@ -87,7 +87,7 @@ class _KeepingWriter(ExperimentWriter):
 
     def __init__(self, log_dir: str) -> None:
         super().__init__(log_dir)
-        self.metrics_keys = self._read()[0]
+        self.metrics_keys = self._keys()
 
     @override
     def _check_log_dir_exists(self) -> None:
@@ -96,9 +96,16 @@ class _KeepingWriter(ExperimentWriter):
     @override
     def save(self) -> None:
         # Another process may have added columns: a test beside a training.
-        if self.metrics and (keys := self._read()[0]):
+        if self.metrics and (keys := self._keys()):
             self.metrics_keys = keys
         super().save()
+
+    def _keys(self) -> list[str]:
+        """The columns of the file, by its first line alone."""
+        if not self._fs.isfile(self.metrics_file_path):
+            return []
+        with self._fs.open(self.metrics_file_path, "r", newline="") as file:
+            return next(csv.reader(file), [])
 
     def _read(self) -> tuple[list[str], list[dict[str, Any]]]:
         if not self._fs.isfile(self.metrics_file_path):
