@@ -90,6 +90,8 @@ class SequenceBatch:
         dense: numeric features by name, float tensors whose first dimension is ``T`` or ``B``.
         holds_corpus: whether `features` hold the items to rank instead of a loss's candidates, the same on every rank,
             some of which may hold none of them; set by models.
+        shots_B: for meta learning, how many records of its task a support sequence holds, int64, on the CPU; 0 marks a
+            query. The sequences of an episode have one sample id, its query last. None outside of meta learning.
 
     Raises:
         ValueError: host counts disagree with each other or with a tensor's shape.
@@ -106,6 +108,7 @@ class SequenceBatch:
     request_timestamps_T: Tensor | None = None
     dense: dict[str, Tensor] = field(default_factory=dict)
     holds_corpus: bool = False
+    shots_B: Tensor | None = None
     layout: JaggedLayout = field(init=False)
 
     def __post_init__(self) -> None:
@@ -129,6 +132,14 @@ class SequenceBatch:
             raise ValueError(
                 f"SequenceBatch.sample_ids_B: expected {num_sequences} int64 ids on the CPU, got {ids.dtype} of "
                 f"shape {tuple(ids.shape)} on {ids.device}"
+            )
+        shots = self.shots_B
+        if shots is not None and (
+            shots.device.type != "cpu" or shots.dtype != torch.int64 or shots.shape != (num_sequences,)
+        ):
+            raise ValueError(
+                f"SequenceBatch.shots_B: expected {num_sequences} int64 counts on the CPU, got {shots.dtype} of shape "
+                f"{tuple(shots.shape)} on {shots.device}"
             )
         if self.features.stride() != num_sequences:
             raise ValueError(

@@ -58,6 +58,7 @@ def take(batch: SequenceBatch, places_B: Tensor) -> SequenceBatch:
         features=_take_features(batch.features, places_B),
         token_counts_B4=batch.token_counts_B4[places_B],
         sample_ids_B=batch.sample_ids_B[places_B],
+        shots_B=None if batch.shots_B is None else batch.shots_B[places_B],
         labels=labels,
         dense=dense,
         **_times(lambda name: getattr(batch, name).index_select(0, at_T), batch),
@@ -139,6 +140,7 @@ def concatenate(batches: Sequence[SequenceBatch]) -> SequenceBatch:
         features=_join_features([batch.features for batch in batches]),
         token_counts_B4=torch.cat([batch.token_counts_B4 for batch in batches]),
         sample_ids_B=torch.cat([batch.sample_ids_B for batch in batches]),
+        shots_B=None if first.shots_B is None else torch.cat([batch.shots_B for batch in batches]),  # type: ignore[misc]
         labels=labels,
         dense={name: torch.cat([batch.dense[name] for batch in batches]) for name in first.dense},
         **_times(lambda name: torch.cat([getattr(batch, name) for batch in batches]), first),
@@ -180,6 +182,7 @@ def padding_like(batch: SequenceBatch) -> SequenceBatch:
         ),
         token_counts_B4=torch.zeros(1, 4, dtype=torch.int64),
         sample_ids_B=torch.tensor([PADDING_SAMPLE_ID]),
+        shots_B=None if batch.shots_B is None else torch.zeros(1, dtype=torch.int64),
         labels={
             task: Labels(x.values_N[:0], x.tokens_N[:0], None if x.weights_N is None else x.weights_N[:0])
             for task, x in batch.labels.items()
@@ -204,6 +207,7 @@ def structure(batch: SequenceBatch) -> dict[str, str]:
     return {
         "epoch": str(batch.epoch),
         "holds_corpus": str(batch.holds_corpus),
+        "shots_B": kind(batch.shots_B),
         "features": ", ".join(batch.features.keys()),
         "features' values": kind(batch.features.values()),
         "features' weights": kind(batch.features.weights_or_none()),
@@ -248,6 +252,7 @@ def to_bytes(batch: SequenceBatch) -> Tensor:
         "weights": features.weights_or_none(),
         "token_counts_B4": batch.token_counts_B4,
         "sample_ids_B": batch.sample_ids_B,
+        "shots_B": batch.shots_B,
         **{name: getattr(batch, name) for name in _TIMES},
         **{f"dense.{name}": tensor for name, tensor in batch.dense.items()},
     }
@@ -303,6 +308,7 @@ def from_bytes(tensor: Tensor) -> SequenceBatch:
         ),
         token_counts_B4=tensors["token_counts_B4"],
         sample_ids_B=sample_ids_B,
+        shots_B=tensors.get("shots_B"),
         labels={
             task: Labels(
                 tensors[f"labels.{task}.values_N"],

@@ -62,6 +62,11 @@ class DLRM(nn.Module):
         self.width, self.hidden_dims, self.dropout = dim, hidden_dims, dropout
         self.tokens: RankingTokens | None = None
 
+    @property
+    def differentiable_twice(self) -> bool:
+        """Whether no fused operator is part of it, so that second-order meta learning works with any backend."""
+        return self.pooling != "target_attention"
+
     def build(self, features: RankingFeatures, embedding_dim: int) -> None:
         """Makes the layers whose sizes the data decides."""
         self.tokens = RankingTokens(features=features, embedding_dim=embedding_dim, dim=self.width)

@@ -179,10 +179,15 @@ class RankingModule(pl.LightningModule):
         if self.metrics is None:
             self.metrics = nn.ModuleDict(
                 {
-                    split: nn.ModuleDict({_key(task): self._metrics() for task in self.features.tasks})
+                    split: nn.ModuleDict({_key(name): self._metrics() for name in self._metric_names()})
                     for split in ("val", "test")
                 }
             )
+
+    def _metric_names(self) -> list[str]:
+        """A name for each set of metrics: the tasks'."""
+        assert self.features is not None
+        return list(self.features.tasks)
 
     @staticmethod
     def _metrics() -> nn.ModuleDict:
@@ -280,13 +285,18 @@ class RankingModule(pl.LightningModule):
 
     def loss_sums(self, logits: Mapping[str, Tensor], batch: SequenceBatch) -> dict[str, Tensor]:
         """By task, the sum of binary cross entropies over this batch's labels."""
-        sums = {}
+        return {task: losses_M.sum() for task, losses_M in self.label_losses(logits, batch).items()}
+
+    def label_losses(self, logits: Mapping[str, Tensor], batch: SequenceBatch) -> dict[str, Tensor]:
+        """By task, the weighted binary cross entropy (M,) of each label, in float32 at least."""
+        losses = {}
         for task, logits_M in self._labelled(logits, batch).items():
             labels = batch.labels[task]
-            sums[task] = F.binary_cross_entropy_with_logits(
-                logits_M.float(), labels.values_N.float(), labels.weights_N, reduction="sum"
+            logits_M = logits_M if logits_M.dtype == torch.float64 else logits_M.float()
+            losses[task] = F.binary_cross_entropy_with_logits(
+                logits_M, labels.values_N.to(logits_M.dtype), labels.weights_N, reduction="none"
             )
-        return sums
+        return losses
 
     def sequence_cost(self) -> SequenceCost:
         """Forward floating-point operations of a sample by its number of tokens, for balancing.
@@ -344,14 +354,19 @@ class RankingModule(pl.LightningModule):
         self._evaluate("test", batch)
 
     def _evaluate(self, split: str, batch: SequenceBatch) -> None:
+        self._update_metrics(split, self(batch), batch)
+
+    def _update_metrics(
+        self, split: str, logits: Mapping[str, Tensor], batch: SequenceBatch, *, suffix: str = ""
+    ) -> None:
+        """Counts logits of a batch into the metrics of a split, those of a name with `suffix`, and logs them."""
         assert self.metrics is not None
-        logits = self(batch)
         sums = self.loss_sums(logits, batch)
         users_B = _users(batch)
         for task, logits_M in self._labelled(logits, batch).items():
             labels = batch.labels[task]
             users_M = users_B[batch.layout.sequence_T[labels.tokens_N]]
-            metrics: Any = self.metrics[split][_key(task)]  # type: ignore[index]
+            metrics: Any = self.metrics[split][_key(task + suffix)]  # type: ignore[index]
             metrics["loss"].update(sums[task] / max(labels.num_labels, 1), labels.num_labels)
             scored = (logits_M.float(), labels.values_N)
             for name in ("AUC", "NE", "calibration"):
@@ -359,7 +374,11 @@ class RankingModule(pl.LightningModule):
             metrics["GAUC"].update(*scored, users_M, labels.weights_N)
             for name, metric in metrics.items():
                 self.log(
-                    f"{split}/{task}/{name}", metric, on_step=False, on_epoch=True, batch_size=max(batch.num_samples, 1)
+                    f"{split}/{task}/{name}{suffix}",
+                    metric,
+                    on_step=False,
+                    on_epoch=True,
+                    batch_size=max(batch.num_samples, 1),
                 )
 
     @override
@@ -371,7 +390,11 @@ class RankingModule(pl.LightningModule):
         (B, K), the probabilities of `top_k_task`. Equal ones are in the order of item rows; where there are fewer
         candidates, rows are -1 and scores -inf.
         """
-        logits, places_N = self(batch), candidate_places(batch)
+        return self._predictions(self(batch), batch)
+
+    def _predictions(self, logits: Mapping[str, Tensor], batch: SequenceBatch) -> dict[str, Any]:
+        """What `predict_step` gives, from a batch's logits."""
+        places_N = candidate_places(batch)
         contextual_T = (batch.kind_T == 0).cumsum(0)
         items_N = batch.features["item_id"].values()[places_N - contextual_T[places_N]].cpu()
         items_N = self._rows_of_keys["item_rows"](items_N) if "item_rows" in self._rows_of_keys else items_N
