@@ -121,9 +121,14 @@ def episode_batch(batch: SequenceBatch, tables: Mapping[str, Sequence[str]], *, 
         apart: whether each episode is a group of its own, as where dense parameters are adapted; otherwise all
             episodes of as many shots are one.
 
+    Returns:
+        The same batch where it has been taken apart before.
+
     Raises:
         ValueError: the batch has no episodes, or one is without support or query.
     """
+    if isinstance(batch, EpisodeBatch):
+        return batch
     if batch.shots_B is None:
         raise ValueError("SequenceBatch.shots_B: none, so nothing says what is support; use TaskDataModule")
     whole = EpisodeBatch(**{x.name: getattr(batch, x.name) for x in fields(batch) if x.init})
@@ -132,7 +137,7 @@ def episode_batch(batch: SequenceBatch, tables: Mapping[str, Sequence[str]], *, 
     with torch.inference_mode(False):
         whole.groups = _groups(batch, values, tables, apart=apart)
         queries = np.flatnonzero(batch.shots_B.numpy() == 0)
-        whole.queries = _apart(batch, queries)
+        whole.queries = take(replace(batch, shots_B=None), torch.from_numpy(queries))
         whole.query_values_V = {name: torch.from_numpy(values.of(name, queries)[0]) for name in values.ids}
     return whole
 
@@ -145,13 +150,14 @@ def _groups(
     real_B = ids_B != PADDING_SAMPLE_ID
     queries = np.flatnonzero(real_B & (shots_B == 0))
     found: dict[int, list[EpisodeGroup]] = {}
+    plain = replace(batch, shots_B=None)
     for shots in np.unique(shots_B[real_B & (shots_B > 0)]).tolist():
         supports = np.flatnonzero(real_B & (shots_B == shots))
         _check_pairs(ids_B[supports], ids_B[queries])
         order = dict(zip(ids_B[supports].tolist(), supports.tolist(), strict=True))
         pairs = [(order[int(ids_B[query])], int(query)) for query in queries]
         cuts = [[pair] for pair in pairs] if apart else [pairs]
-        found[shots] = [_group(batch, values, tables, own) for own in cuts]
+        found[shots] = [_group(plain, values, tables, own) for own in cuts]
     return found
 
 
@@ -187,10 +193,10 @@ class _Values:
 
     def of(self, feature: str, sequences: Sequence[int] | Array) -> tuple[Array, Array]:
         """Places among a feature's values of some sequences' values, and how many each sequence has."""
-        offsets = self.offsets[feature]
-        parts = [np.arange(offsets[s], offsets[s + 1]) for s in sequences]
-        counts = np.array([len(part) for part in parts], dtype=np.int64)
-        return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64), counts
+        offsets, at = self.offsets[feature], np.asarray(sequences, dtype=np.int64)
+        counts = offsets[at + 1] - offsets[at]
+        places = np.arange(counts.sum()) + np.repeat(offsets[at] - counts.cumsum() + counts, counts)
+        return places, counts
 
 
 def _group(
@@ -236,12 +242,8 @@ def _group(
     return EpisodeGroup(support, query, first_R, episode_R, tuple(samples))
 
 
-def _apart(batch: SequenceBatch, sequences: Sequence[int] | Array) -> SequenceBatch:
-    return take(replace(batch, shots_B=None), torch.tensor(np.asarray(sequences), dtype=torch.int64))
-
-
 def _part(batch: SequenceBatch, sequences: Sequence[int], rows_V: dict[str, Tensor]) -> EpisodePart:
-    own = _apart(batch, sequences)
+    own = take(batch, torch.tensor(sequences))
     shares = {}
     for task, labels in own.labels.items():
         sequence_M = _episode_of_labels(own, task)

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import hypothesis
 import pytest
 
 from tests.forked_command import PRELOADED
@@ -71,6 +72,13 @@ def _work(rank: int, world_size: int, port: int, pipe: Any) -> None:
             pipe.send((True, getattr(_load(file), name)(*args, **kwargs)))
         except BaseException:  # reported to the test, which fails with it
             pipe.send((False, traceback.format_exc()))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """`make test` tries fewer examples of what Hypothesis makes up, where a test does not say how many."""
+    hypothesis.settings.register_profile("quick", max_examples=30)
+    if "not long" in config.option.markexpr:
+        hypothesis.settings.load_profile("quick")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -41,6 +41,8 @@ def test_it_knows_its_sizes_on_the_host() -> None:
         ({"token_counts_B4": torch.zeros(2, 4)}, "token_counts_B4"),
         ({"token_counts_B4": torch.full((2, 4), -1)}, "token_counts_B4"),
         ({"sample_ids_B": torch.arange(3)}, "sample_ids_B"),
+        ({"shots_B": torch.arange(3)}, "shots_B"),
+        ({"shots_B": torch.zeros(2)}, "shots_B"),
         ({"timestamps_T": torch.arange(4)}, "timestamps_T"),
         ({"dense": {"price": torch.zeros(7)}}, "price"),
         ({"denominators": {}}, "denominators"),

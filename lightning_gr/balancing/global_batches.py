@@ -116,6 +116,11 @@ class GlobalBatches:
                     f"the training loader yields {type(batch).__name__}: mode {self._mode} counts and moves the "
                     "sequences of a lightning_gr.batch.SequenceBatch; yield those, or balance in the loader itself"
                 )
+            if batch.shots_B is not None:
+                raise ValueError(
+                    f"mode={self._mode}: counts and moves single sequences, but those of an episode of meta learning "
+                    "belong together; set mode to planned, which deals out whole episodes of TaskDataModule"
+                )
             if self._padding_known < _KNOWN:
                 tells = not batch.dense or batch.num_tokens != batch.num_sequences
                 self._padding_known = _KNOWN if tells else _GUESSED

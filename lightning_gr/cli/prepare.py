@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 _POSITIONAL = ("path", "output")
 _OF_EXPOSURES = ("mtgr/exposures", "mtgr/tiny")
 """Recipes of rankings, those that need most of a store first."""
+_OF_TASKS = ("gmeta/kuairand-1k", "gmeta/movielens", "gmeta/tiny")
+"""The same of meta learning."""
 
 
 def main(argv: Sequence[str]) -> int:
@@ -24,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
     from rich.console import Console
 
     from lightning_gr.data.event_store.writer import refuse_to_replace
-    from lightning_gr.data.formats import open_log, with_history
+    from lightning_gr.data.formats import open_log, with_history, with_tasks
     from lightning_gr.data.prepare import prepare
 
     arguments = _parse(_named(list(argv)))
@@ -39,12 +41,14 @@ def main(argv: Sequence[str]) -> int:
         raise UserError(f"prepare: options={arguments['options']}: {_unknown_option(error)}") from error
     if arguments["history"] is not None:
         log = with_history(log, arguments["history"])
+    if arguments["tasks"] is not None:
+        log = with_tasks(log, arguments["tasks"])
     with _Bar() as progress:
         store = prepare(
             log, output, settings=arguments["settings"], overwrite=arguments["overwrite"], progress=progress
         )
     _show(store.path, store.summary, store.num_items)
-    said = f"{_next_step(store.fields)} --data.init_args.path {store.path}"
+    said = f"{_next_step(store.fields, tasks='tasks' in store.summary)} --data.init_args.path {store.path}"
     Console().print(said, highlight=False, markup=False, soft_wrap=True)
     return 0
 
@@ -67,8 +71,8 @@ def _parse(words: list[str]) -> dict[str, Any]:
 
     parser = ArgumentParser(
         prog="lightning-gr prepare",
-        usage="lightning-gr prepare PATH OUTPUT [--history PATH] [--form FORM] [--columns.user_id NAME ...] "
-        "[--config FILE]",
+        usage="lightning-gr prepare PATH OUTPUT [--history PATH] [--tasks COLUMN] [--form FORM] "
+        "[--columns.user_id NAME ...] [--config FILE]",
         description="Writes an event store from a log. PATH is a file or a publisher's folder, OUTPUT the new folder.",
         exit_on_error=False,
     )
@@ -80,6 +84,12 @@ def _parse(words: list[str]) -> dict[str, Any]:
         type=str | None,
         default=None,
         help="a second table of user, item and time, whose events are history alone; PATH then holds exposures",
+    )
+    parser.add_argument(
+        "--tasks",
+        type=str | None,
+        default=None,
+        help="for meta learning: the column whose values records are grouped by, user_id, item_id or another one",
     )
     parser.add_argument("--form", type=str, default="auto", help=f"auto, or one of {', '.join(FORMS)}")
     parser.add_argument("--overwrite", type=bool, default=False, help="replace a store that is there already")
@@ -98,6 +108,7 @@ def _parse(words: list[str]) -> dict[str, Any]:
         "path": found.path,
         "output": found.output,
         "history": found.history,
+        "tasks": found.tasks,
         "form": found.form,
         "overwrite": found.overwrite,
         "options": dict(found.options),
@@ -164,9 +175,10 @@ def _show(path: Path, summary: dict[str, Any], num_items: int) -> None:
     row("events", summary["events_kept"])
     if "history_events_kept" in summary:
         row("of them history", summary["history_events_kept"])
-    row("users", summary["users"])
+    who = f"tasks ({summary['tasks']})" if "tasks" in summary else "users"
+    row(who, summary["users"])
     row("items", num_items)
-    row("events a user, mean", summary["mean_length"])
+    row("events a task, mean" if "tasks" in summary else "events a user, mean", summary["mean_length"])
     row("median, 99 %, longest", f"{summary['median_length']:,}, {summary['p99_length']:,}, {summary['longest']:,}")
     if summary["first_time"] is not None:
         row("from", _date(summary["first_time"]))
@@ -174,10 +186,12 @@ def _show(path: Path, summary: dict[str, Any], num_items: int) -> None:
     for what, name in (
         ("duplicate events", "duplicates"),
         ("events out of order, sorted", "out_of_order"),
-        ("users with one event", "users_with_one_event"),
+        ("tasks with one event" if "tasks" in summary else "users with one event", "users_with_one_event"),
     ):
         if summary[name]:
             row(what, summary[name])
+    if "left_out_features" in summary:
+        row("features of users, lists, left out", ", ".join(summary["left_out_features"]))
     for name, count in summary["missing"].items():
         row(f"events without {name}", count)
     if len(summary["time_units"]) > 1:
@@ -185,20 +199,22 @@ def _show(path: Path, summary: dict[str, Any], num_items: int) -> None:
     Console().print(table, highlight=False)
 
 
-def _next_step(fields: Sequence[Field]) -> str:
-    """Training on a store of these fields: a ranking recipe that needs no others, else next items."""
+def _next_step(fields: Sequence[Field], *, tasks: bool) -> str:
+    """Training on a store of these fields: a recipe that needs no others, else next items."""
     from lightning_gr import recipes
     from lightning_gr.data.event_store.fields import EXPOSED
 
     labels, names = {field.name for field in fields if field.kind == "label"}, {field.name for field in fields}
-    for name in _OF_EXPOSURES:
+    known = [x for x in _OF_TASKS if x in recipes.ls()] if tasks else _OF_EXPOSURES
+    for name in known:
         data = yaml.safe_load(recipes.path(name).read_text(encoding="utf-8"))["data"]["init_args"]
         wanted = {task["field"] for task in data["tasks"].values()}
-        if wanted <= labels and {feature["name"] for feature in data.get("features", [])} <= names:
+        asked = {x if isinstance(x, str) else x["name"] for x in data.get("features") or []}
+        if wanted <= labels and asked <= names:
             return f"lightning-gr fit --config {name}"
-    if EXPOSED in names:
+    if EXPOSED in names or (tasks and labels):
         # No shipped recipe has its labels, and training on next items would take what was shown for what was wanted.
-        cp = f"lightning-gr recipes cp {_OF_EXPOSURES[-1]} mine.yaml"
+        cp = f"lightning-gr recipes cp {known[-1]} mine.yaml"
         return f"{cp}, name its tasks, then lightning-gr fit --config mine.yaml"
     return "lightning-gr fit --config hstu/tiny"
 

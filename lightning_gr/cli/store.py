@@ -84,6 +84,8 @@ def _info(path: Path, *, as_json: bool) -> int:
         f"{path}: {store.num_users:,} users, {store.num_items:,} items, {store.num_events:,} events, the longest "
         f"history {what['longest']:,}, {'with' if store.has_timestamps else 'without'} times"
     )
+    if "tasks" in store.summary:
+        print(f"  tasks: {store.summary['tasks']}, whose values are called users here; for meta learning")
     for field in store.fields:
         size = f", {field.cardinality:,} values" if field.cardinality is not None else ""
         print(f"  {field.name}: {field.kind}, one each {field.per}{size}")

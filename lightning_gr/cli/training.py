@@ -28,6 +28,7 @@ from lightning_gr import __version__
 from lightning_gr._compat import child_processes
 from lightning_gr.callbacks import InitFrom, ResumeCheckpoint
 from lightning_gr.cli.config_trust import FLAG, Trust, is_denied
+from lightning_gr.cli.demo_data import make_where_absent
 from lightning_gr.cli.errors import USER_ERROR, UserError, one_line
 from lightning_gr.cli.parse_errors import boil, boil_config
 from lightning_gr.cli.quiet import quiet_library_noise
@@ -36,6 +37,7 @@ from lightning_gr.substrate import fbgemm, version_of
 
 _SECONDS_FOR_A_CHILD_TO_EXIT = 1.0
 _FORGET = "replace_lists"
+_ADAPT, _ADAPTS = "adapt", "adapt_in_predict"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -170,6 +172,11 @@ class GRCLI(LightningCLI):
         if subcommand == "predict":
             # A corpus of predictions does not fit into memory; callbacks write them as they come.
             parser.set_defaults({"return_predictions": False})
+            parser.add_argument(
+                f"--{_ADAPT}",
+                action="store_true",
+                help="Adapts a model of meta learning to each task's support before its query is scored.",
+            )
         # The others take it too, and do nothing with it: a configuration that fit has saved holds it.
         what = "A checkpoint whose weights training begins with; its step, epoch and optimisers are left out."
         shown = what if subcommand == "fit" else argparse.SUPPRESS
@@ -196,6 +203,9 @@ class GRCLI(LightningCLI):
         settings = self.config[self.subcommand] if self.subcommand else self.config
         if "weights_only" in settings and settings.weights_only is None:
             settings.weights_only = True  # Lightning would unpickle what comes from a URL
+        if settings.get(_ADAPT):
+            _let_adapt(settings)
+        make_where_absent(settings.get("data.init_args.path"))
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -242,6 +252,20 @@ class GRCLI(LightningCLI):
             if isinstance(error, SystemExit) and error.code == 1 and interrupted:
                 raise KeyboardInterrupt from None
             raise
+
+
+def _let_adapt(settings: Any) -> None:
+    """Sets the model's `adapt_in_predict`, as ``predict --adapt`` asks.
+
+    Raises:
+        UserError: the model has no such setting.
+    """
+    if f"model.init_args.{_ADAPTS}" not in settings:
+        raise UserError(
+            f"--{_ADAPT}: {settings.get('model.class_path')} has no setting {_ADAPTS}, so it cannot adapt to a task; "
+            "leave the flag out, or predict with a MetaRankingModule"
+        )
+    settings[f"model.init_args.{_ADAPTS}"] = True
 
 
 def _a_child_has_reported(children: list[Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import secrets
@@ -14,6 +15,7 @@ from lightning_gr.cli.compare import finite
 from lightning_gr.cli.compare_asked import Contender, contenders, overlays, parse_seeds, refuse_seed
 from lightning_gr.cli.compare_runs import Stop, check_metrics, folder_of, run, stored, train
 from lightning_gr.cli.compare_statistics import CONFIDENCE, interval
+from lightning_gr.cli.demo_data import makes
 from lightning_gr.cli.errors import Parser, UserError
 from lightning_gr.recipes.expectation import Header, header_fields, read_header
 
@@ -37,18 +39,18 @@ def main(argv: Sequence[str]) -> int:
     args, settings = _parse(list(argv))
     seeds = parse_seeds(SEEDS if args.seeds is None else args.seeds)
     (recipe,) = contenders([args.recipe])
-    header = _expectation(recipe)
+    header, warnings = _expectation(recipe)
     overlays(settings)
     _refuse_missing_data(recipe, settings)
     metrics = [one.metric for one in header.expected]
     with Stop() as stop:
-        checkpoint = None if args.ckpt_path is None else _checkpoint(args.ckpt_path)
+        checkpoint = None if args.ckpt_path is None else _checkpoint(args.ckpt_path, warnings)
         if checkpoint is None:
             _train(recipe, seeds, metrics, settings, args.output, stop, force=args.force)
         else:
             print(f"{recipe.name}: testing {checkpoint}")
             _evaluate(recipe, checkpoint, metrics, settings, args.output, stop)
-    numbers = _numbers(recipe, header, settings, checkpoint)
+    numbers = _numbers(recipe, header, settings, checkpoint) | {"warnings": warnings}
     _show(recipe, header, numbers)
     if args.json:
         print(json.dumps(finite(numbers)))
@@ -89,10 +91,17 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
 # ---- what would go wrong ------------------------------------------------------------------------------------------
 
 
-def _expectation(recipe: Contender) -> Header:
+def _expectation(recipe: Contender) -> tuple[Header, list[str]]:
+    """By what the recipe is judged, and what is to be said of that: the last overlay's figures, else the recipe's own."""
+    for file in reversed(recipe.files[1:]):
+        with contextlib.suppress(ValueError):  # the head of an overlay need not be one
+            if (header := read_header(file)).expected:
+                return header, []
     header = read_header(recipe.files[0])
     if header.expected:
-        return header
+        names = ", ".join(file.name for file in recipe.files[1:])
+        of_base = f"{recipe.name}: judged by the header of {recipe.files[0].name}, since {names} expects no figures"
+        return header, [of_base] if names else []
     published = f" Published: {header.published}." if header.published else ""
     raise UserError(
         f"{recipe.name}: nothing to verify, its header says: {header.text}.{published} Measure it with lightning-gr "
@@ -104,7 +113,7 @@ def _refuse_missing_data(recipe: Contender, settings: list[str]) -> None:
     """A run would say so too, but later, and not what to do."""
     given = _given_path(settings)
     path = given or _default_path(recipe, settings)
-    if path is None or "://" in path or Path(path).expanduser().exists():
+    if path is None or "://" in path or makes(path) or Path(path).expanduser().exists():
         return
     if given is not None:
         raise UserError(f"{_PATH_SETTINGS[0]} {path}: no such file or folder; check the path")
@@ -142,8 +151,8 @@ def _default_path(recipe: Contender, settings: list[str]) -> str | None:
     return path if isinstance(path, str) else None
 
 
-def _checkpoint(given: str) -> str:
-    """A checkpoint, or the best one of a folder of checkpoints."""
+def _checkpoint(given: str, warnings: list[str]) -> str:
+    """A checkpoint, or the best one of a folder of checkpoints; where that is the last one, `warnings` says so."""
     if "://" in given:
         return given
     path = Path(given).expanduser()
@@ -156,6 +165,8 @@ def _checkpoint(given: str) -> str:
             return str(path.resolve())
         for name in _LINKS:
             if (path / name).exists():
+                if name != _LINKS[0]:
+                    warnings.append(f"--ckpt_path {given}: has no {_LINKS[0]}; what is tested is {name}")
                 return str((path / name).resolve())
         raise UserError(
             f"--ckpt_path {given}: is no complete checkpoint, and has neither {' nor '.join(_LINKS)}; "
@@ -261,6 +272,8 @@ def _show(recipe: Contender, header: Header, numbers: dict[str, Any]) -> None:
         console = Console(width=_WIDTH_OF_FILES)
     console.print()
     console.print(table, highlight=False)
+    for warning in numbers["warnings"]:
+        console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
     if len(seeds) > 1:
         said = "Mean ± half of its 95 % interval (Student's t over seeds). The verdict is the mean's."
         console.print(said, highlight=False, markup=False, soft_wrap=True)

@@ -25,13 +25,16 @@ if TYPE_CHECKING:
     from lightning_gr.data.stream_loader import StreamLoader
     from lightning_gr.data.synthetic import SyntheticLog, write_synthetic_log
     from lightning_gr.data.synthetic_exposures import ExposureLog, write_exposure_log
+    from lightning_gr.data.synthetic_tasks import ColdStartLog, write_cold_start_log
     from lightning_gr.data.task import Task
+    from lightning_gr.data.task_datamodule import TaskDataModule
 
 _MODULES = {
     "Aggregation": "aggregation",
     "ArraySamples": "plan",
     "ByTime": "splits",
     "ByUser": "splits",
+    "ColdStartLog": "synthetic_tasks",
     "CrossStatistics": "cross_statistics",
     "EpochPlan": "plan",
     "EventLog": "event_log",
@@ -59,9 +62,11 @@ _MODULES = {
     "StreamLoader": "stream_loader",
     "SyntheticLog": "synthetic",
     "Task": "task",
+    "TaskDataModule": "task_datamodule",
     "UserRows": "event_table",
     "check_store": "event_store",
     "read_events": "readers",
+    "write_cold_start_log": "synthetic_tasks",
     "write_exposure_log": "synthetic_exposures",
     "write_synthetic_log": "synthetic",
 }
@@ -71,6 +76,7 @@ __all__ = [
     "ArraySamples",
     "ByTime",
     "ByUser",
+    "ColdStartLog",
     "CrossStatistics",
     "EpochPlan",
     "EventLog",
@@ -98,9 +104,11 @@ __all__ = [
     "StreamLoader",
     "SyntheticLog",
     "Task",
+    "TaskDataModule",
     "UserRows",
     "check_store",
     "read_events",
+    "write_cold_start_log",
     "write_exposure_log",
     "write_synthetic_log",
 ]

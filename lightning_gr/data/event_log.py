@@ -48,6 +48,11 @@ class EventLog:
         items: features of items.
         history: events that are history alone, in a log of its own without further columns; user, item and time are
             named as in this one.
+        tasks: column that users stand for, as whoever prepares the log calls it; None where they are users. See
+            `lightning_gr.data.formats.with_tasks`.
+        required: those of `sparse` that each event must have.
+        left_out: features of users that such a log cannot keep.
+        digest: changes with what `scan` takes from other files than the log's.
     """
 
     form: str
@@ -64,6 +69,10 @@ class EventLog:
     users: Features | None = None
     items: Features | None = None
     history: EventLog | None = None
+    tasks: str | None = None
+    required: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    digest: Callable[[], str] | None = None
 
     @property
     def all_files(self) -> tuple[Path, ...]:

@@ -53,6 +53,7 @@ class RankingSource(SequenceSource):
             by heart.
         item_keys: int64 raw key of each item row, which batches carry instead of the row; None carries rows.
         user_keys: the same of users.
+        cuts: how events are cut into samples, in place of `max_history`, `block` and `aggregation`.
 
     Raises:
         ValueError: a setting that cannot work, by name.
@@ -75,6 +76,7 @@ class RankingSource(SequenceSource):
         user_token: bool = True,
         item_keys: Array | None = None,
         user_keys: Array | None = None,
+        cuts: SampleCuts | None = None,
     ) -> None:
         self._columns = RankingColumns(
             store,
@@ -87,7 +89,9 @@ class RankingSource(SequenceSource):
             user_keys=user_keys,
         )
         self._cuts: SampleCuts
-        if aggregation is not None:
+        if cuts is not None:
+            self._cuts = cuts
+        elif aggregation is not None:
             self._cuts = WindowCuts(
                 store, part=part, split=split, tasks=tasks, aggregation=aggregation, requests=requests
             )

@@ -27,10 +27,15 @@ def recomputed(layer: nn.Module, x_TD: Tensor, **inputs: Any) -> Tensor:
         return plain
     # Backward runs outside of the caller's `use_backend`, on CUDA even in a thread of its own.
     backend = choose_backend("auto", x_TD.device)
+    # A layer that runs with other parameters than its own (`torch.func.functional_call`) has its own in backward.
+    others: dict[str, Tensor] = {name: x for name, x in layer.named_parameters() if not isinstance(x, nn.Parameter)}
 
     def run(x_TD: Tensor) -> Tensor:
         with use_backend(backend):
-            out: Tensor = layer(x_TD, **inputs)
+            if not others:
+                out: Tensor = layer(x_TD, **inputs)
+            else:
+                out = torch.func.functional_call(layer, others, (x_TD,), inputs)
         return out
 
     again: Tensor = checkpoint(run, x_TD, use_reentrant=False)

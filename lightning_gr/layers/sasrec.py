@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from typing_extensions import override
 
+from lightning_gr.layers.encoder_input import entered_tokens
 from lightning_gr.layers.recompute import recomputed
 from lightning_gr.ops.hstu_attention import attention_flops, hstu_attention
 from lightning_gr.ops.interval_mask import IntervalMask
@@ -136,13 +137,17 @@ class SASRecEncoder(nn.Module):
         Raises:
             ValueError: a sequence is longer than `max_length`, or `x_TD` does not fit the layout and `dim`.
         """
-        if x_TD.shape != (layout.num_tokens, self.dim):
-            raise ValueError(f"x_TD: expected ({layout.num_tokens}, {self.dim}), got {tuple(x_TD.shape)}")
-        if layout.max_length > self.max_length:
-            raise ValueError(
-                f"max_length={self.max_length}: a sequence has {layout.max_length} tokens; raise it, or cut the data"
-            )
-        x_TD = F.dropout(x_TD + self.position_PD[layout.position_T], self.dropout, self.training)
+        x_TD = entered_tokens(
+            x_TD,
+            layout=layout,
+            dim=self.dim,
+            max_length=self.max_length,
+            position_PD=self.position_PD,
+            positions_T=None,
+            num_positions=None,
+            dropout=self.dropout,
+            training=self.training,
+        )
         for layer in self.layers:
             inputs = {"layout": layout, "mask": mask}
             x_TD = recomputed(layer, x_TD, **inputs) if self.recompute else layer(x_TD, **inputs)

@@ -238,14 +238,14 @@ class Contrast:
             return ids
         if LABEL_LOG_Q in ids:
             rows_N = corpus.rows_of(labels.values_N)
-            if bool((unknown_N := self.sampler.log_label_share(rows_N).isneginf()).any()):
+            log_q_N2 = self._log_q(rows_N, num_items)
+            if bool((unknown_N := log_q_N2[:, 1].isneginf()).any()):
                 raise ValueError(
                     f"{type(self.sampler).__name__}: item row {int(rows_N[unknown_N][0])} is a label and has a count "
                     "of 0, so that nothing says how often it is expected; set smoothing, such as 1, or give counts of "
                     "what is trained on"
                 )
-            log_q = self._log_q(rows_N, num_items)
-            ids[LABEL_LOG_Q] = (log_q, 2 * labels_B)
+            ids[LABEL_LOG_Q] = (bits(log_q_N2), 2 * labels_B)
         if self.draws:
             assert num_items is not None
             drawn_for = {
@@ -261,7 +261,7 @@ class Contrast:
             if DRAWN_LOG_Q in ids:
                 rows_U = torch.zeros_like(items_U)  # a target that is drawn for nobody needs none
                 rows_U[places_NK[:, 1:]] = negatives_NR
-                log_q = self._log_q(rows_U, num_items)
+                log_q = bits(self._log_q(rows_U, num_items))
                 ids[DRAWN_LOG_Q] = (log_q, all_in_first(log_q, num_sequences))
             if SHARED in ids:
                 sources_NJ = sharing_sources(sharing_words(**drawn_for), self.sharing)  # type: ignore[arg-type]
@@ -279,9 +279,9 @@ class Contrast:
         return items_U, torch.cat([place_N.where(is_drawn_N, -1)[:, None], places_NR], 1)
 
     def _log_q(self, rows: Tensor, num_items: int | None) -> Tensor:
-        """The bits of two logarithms for each row, see `DRAWN_LOG_Q`."""
+        """Two logarithms for each row, see `DRAWN_LOG_Q`."""
         log_drawn = self.sampler.log_drawn(rows, num_items=num_items or 0)
-        return torch.stack([log_drawn, self.sampler.log_label_share(rows)], 1).flatten().view(torch.int64)
+        return torch.stack([log_drawn, self.sampler.log_label_share(rows)], 1)
 
     # ---- what it costs -----------------------------------------------------------------------------------------
 
@@ -295,6 +295,11 @@ class Contrast:
             return 0
         others = self.sharing - 1 if num_labels is None else min(self.sharing - 1, max(num_labels - 1, 0))
         return self.sampler.num_drawn * (1 + (others if self.reuse == "negatives" else 0))
+
+
+def bits(numbers: Tensor) -> Tensor:
+    """float64 as int64, flat, which travels among ids."""
+    return numbers.flatten().view(torch.int64)
 
 
 def all_in_first(ids: Tensor, num_sequences: int) -> Tensor:

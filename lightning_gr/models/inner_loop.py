@@ -28,7 +28,7 @@ def inner_sgd(
 
     Args:
         loss: of the support, given values by name.
-        values: by name, what the loss takes; they require gradients.
+        values: by name, what the loss takes; those that require no gradient stay.
         step_sizes: by name, of the values that are adapted; the others are passed on.
         steps: how many.
         second_order: whether the result's gradient counts how the steps' own gradients depend on the values. Without
@@ -38,8 +38,8 @@ def inner_sgd(
         By name, a value for each of `values`; differentiable with respect to them and to `step_sizes`.
     """
     adapted = dict(values)
-    for _ in range(steps):
-        names = list(step_sizes)
+    names = [name for name in step_sizes if values[name].requires_grad]
+    for _ in range(steps if names else 0):
         gradients = torch.autograd.grad(
             loss(adapted), [adapted[name] for name in names], create_graph=second_order, allow_unused=True
         )

@@ -16,10 +16,11 @@ from typing import Any, Literal, get_args
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 from typing_extensions import override
 
-from lightning_gr.batch import SequenceBatch
+from lightning_gr.batch import Labels, SequenceBatch
 from lightning_gr.embeddings.dynamic import DynamicTables
 from lightning_gr.episode_batch import EpisodeBatch, EpisodeGroup, EpisodePart, episode_batch
 from lightning_gr.models.forward_flops import ForwardFlops
@@ -50,7 +51,7 @@ class MetaRankingModule(RankingModule):
         inner_lr_rows: the same of embedding rows; None takes `inner_lr`.
         inner_steps: inner steps; 0 trains on the queries without adaptation.
         adapt: what the inner loop changes: `dense` parameters, `embedding` rows, `both`, or patterns of names such as
-            ``heads.*`` (ANIL) and ``tables.user_id``, in which ``*`` matches dots too.
+            ``heads.*`` (ANIL) and ``tables.user_id``, in which ``*`` matches dots too. Frozen parameters stay.
         order: `first` takes the inner steps as constants (FOMAML), `second` differentiates through them (MAML);
             `reptile` goes towards what the inner loop finds on support and query together, and needs ``adapt: both``.
         learn_step_sizes: whether the step size of each parameter and table is learned (Meta-SGD, by tensor).
@@ -130,9 +131,17 @@ class MetaRankingModule(RankingModule):
                 )
         if inner_steps < 0:
             raise MisconfigurationException(f"inner_steps={inner_steps}: expected at least 0")
+        for name, asked in (("learn_step_sizes", learn_step_sizes), ("adapt_in_predict", adapt_in_predict)):
+            if asked and not inner_steps:
+                raise MisconfigurationException(
+                    f"{name}={asked}: with inner_steps=0 nothing is adapted; set inner_steps to at least 1, or leave "
+                    f"{name} out"
+                )
+        if inner_lr_rows is not None and adapt == "dense":
+            rank_zero_warn(f"inner_lr_rows={inner_lr_rows}: not used, since adapt=dense leaves embedding rows alone")
         if order not in get_args(Order):
             raise MisconfigurationException(f"order={order!r}: expected one of {', '.join(get_args(Order))}")
-        if isinstance(adapt, str) and adapt not in get_args(Adapt):
+        if (isinstance(adapt, str) and adapt not in get_args(Adapt)) or not adapt:
             raise MisconfigurationException(
                 f"adapt={adapt!r}: expected one of {', '.join(get_args(Adapt))}, or a list of patterns of names"
             )
@@ -142,8 +151,8 @@ class MetaRankingModule(RankingModule):
                 f"adapt=both (now {adapt}), learn_step_sizes=false (now {learn_step_sizes}) and inner_steps of at "
                 f"least 1 (now {inner_steps})"
             )
-        if any(number < 0 for number in shots or ()):
-            raise MisconfigurationException(f"shots={shots}: expected numbers of at least 0")
+        if shots is not None and (not shots or min(shots) < 0):
+            raise MisconfigurationException(f"shots={shots}: expected at least one number, none below 0")
         self.inner_lr, self.inner_lr_rows = inner_lr, inner_lr if inner_lr_rows is None else inner_lr_rows
         self.inner_steps, self.order, self.adapt = inner_steps, order, adapt
         self.learn_step_sizes, self.adapt_in_predict = learn_step_sizes, adapt_in_predict
@@ -155,19 +164,33 @@ class MetaRankingModule(RankingModule):
 
     @override
     def setup(self, stage: str) -> None:
-        if self.shots is None:
-            found = getattr(getattr(self.trainer, "datamodule", None), "shots", None)
-            if found is None:
-                raise MisconfigurationException(
-                    "shots: not given, and the Trainer has no datamodule that knows them; use TaskDataModule, or pass "
-                    "MetaRankingModule(shots=...)"
-                )
-            self.shots = sorted(set(found))
+        try:
+            trainer: Any = self.trainer
+        except RuntimeError:
+            trainer = None  # the module is used without a Trainer
+        given = getattr(getattr(trainer, "datamodule", None), "shots", self.shots)
+        if given is None:
+            raise MisconfigurationException(
+                "shots: not given, and the Trainer has no datamodule that knows them; use TaskDataModule, or pass "
+                "MetaRankingModule(shots=...)"
+            )
+        self.shots = sorted(set(given)) if self.shots is None else self.shots
+        if missing := set(self.shots) - {0, *given}:
+            raise MisconfigurationException(
+                f"shots={self.shots}: the data has supports of {sorted(given)}; give it shots of {min(missing)} too, "
+                "or leave out the model's, which then takes the data's"
+            )
         twice = bool(getattr(self.network, "differentiable_twice", False))
         if self.order == "second" and self.inner_steps and self.backend != "reference" and not twice:
             raise MisconfigurationException(
                 f"order=second: the fused operators of {type(self.network).__name__} are differentiable once; set "
-                "backend=reference, or order=first"
+                "backend=reference, or order=first; a network without fused operators says so by an attribute "
+                "differentiable_twice = True"
+            )
+        if getattr(trainer, "precision", None) == "16-mixed":
+            rank_zero_warn(
+                "precision=16-mixed: gradients inside of a step are taken without the loss's scale, so small ones "
+                "become 0; use bf16-mixed"
             )
         super().setup(stage)
 
@@ -230,7 +253,7 @@ class MetaRankingModule(RankingModule):
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Takes episodes apart, while the batch is on the host."""
         batch = super().on_before_batch_transfer(batch, dataloader_idx)
-        apart = any(not name.startswith(ROWS) for name in self.adapted_names())
+        apart = self.inner_steps > 0 and any(not name.startswith(ROWS) for name in self.adapted_names())
         return episode_batch(batch, self._tables(), apart=apart)
 
     def _rows(self, embedded: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -251,10 +274,9 @@ class MetaRankingModule(RankingModule):
         logits: dict[str, Tensor] = torch.func.functional_call(scored, dense, (embedded, part.batch))
         return logits
 
-    def _values(self, scored: Scored, rows: Mapping[str, Tensor], group: EpisodeGroup) -> dict[str, Tensor]:
+    def _values(self, dense: dict[str, Tensor], rows: Mapping[str, Tensor], group: EpisodeGroup) -> dict[str, Tensor]:
         """Dense parameters, and a group's rows of each table as copies, ``tables.<table>``."""
-        values: dict[str, Tensor] = dict(scored.named_parameters())
-        return values | {ROWS + table: rows[table].detach()[at].requires_grad_() for table, at in group.first_R.items()}
+        return dense | {ROWS + table: rows[table].detach()[at].requires_grad_() for table, at in group.first_R.items()}
 
     def _support_loss(self, scored: Scored, values: Mapping[str, Tensor], group: EpisodeGroup) -> Tensor:
         """The sum over episodes of the weighted mean losses of their support's labels."""
@@ -270,15 +292,13 @@ class MetaRankingModule(RankingModule):
     def _joint_loss(self, scored: Scored, values: Mapping[str, Tensor], group: EpisodeGroup) -> Tensor:
         """The weighted mean losses of an episode's labels, in its support and its query."""
         sums: dict[str, list[Tensor]] = {}
+        sizes: dict[str, float | Tensor] = {}
         for part in (group.support, group.query):
-            for task, losses_M in self.label_losses(self._part_logits(scored, values, part), part.batch).items():
-                sums.setdefault(task, []).append(losses_M)
-        return torch.stack(
-            [
-                torch.cat(parts).sum() / max(sum(map(len, parts)), 1) * self.task_weights.get(task, 1.0)
-                for task, parts in sums.items()
-            ]
-        ).sum()
+            for task, loss in self.loss_sums(self._part_logits(scored, values, part), part.batch).items():
+                sums.setdefault(task, []).append(loss * self.task_weights.get(task, 1.0))
+                sizes[task] = sizes.get(task, 0.0) + _size(part.batch.labels[task])
+        means = [torch.stack(x).sum() / (sizes[task] + (sizes[task] == 0)) for task, x in sums.items()]
+        return torch.stack(means).sum()
 
     def _adapt(
         self,
@@ -309,12 +329,14 @@ class MetaRankingModule(RankingModule):
         gradients = {name: torch.zeros_like(x) for name, x in outer.items()}
         value, total = (torch.zeros((), device=batch.device) for _ in range(2))
         groups = [group for own in batch.groups.values() for group in own]
-        if not groups and batch.num_samples:
+        if batch.num_samples and len(batch.groups) != 1:
             raise MisconfigurationException(
-                "SequenceBatch.shots_B: training batches hold queries without support; use TaskDataModule"
+                f"SequenceBatch.shots_B: a training batch holds queries with supports of {sorted(batch.groups)} "
+                "records, and each must have one; use TaskDataModule"
             )
+        dense: dict[str, Tensor] = dict(scored.named_parameters())
         for group in groups:
-            loss, sums = self._learn(scored, rows, group, gradients)
+            loss, sums = self._learn(scored, self._values(dense, rows, group), group, gradients)
             value, total = value + loss, total + torch.stack(list(sums.values())).sum()
         num_labels = sum(x.num_labels for group in groups for x in group.query.batch.labels.values())
         mean, size = total / max(num_labels, 1), max(batch.num_samples, 1)
@@ -324,14 +346,13 @@ class MetaRankingModule(RankingModule):
         return with_gradient(value, gradients, outer)
 
     def _learn(
-        self, scored: Scored, rows: Mapping[str, Tensor], group: EpisodeGroup, gradients: dict[str, Tensor]
+        self, scored: Scored, values: dict[str, Tensor], group: EpisodeGroup, gradients: dict[str, Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Adds a group's outer gradient to `gradients`.
 
         Returns:
             The group's part of the loss, and by task the sum of its query's losses, without a graph.
         """
-        values = self._values(scored, rows, group)
         second_order = self.order == "second"
         inner = self._joint_loss if self.order == "reptile" else self._support_loss
         adapted = self._adapt(scored, values, group, loss=inner, second_order=second_order)
@@ -341,11 +362,8 @@ class MetaRankingModule(RankingModule):
                 sums = self.loss_sums(self._part_logits(scored, adapted, group.query), query)
                 loss = query.mean_over_global_batch(sums, self.task_weights)
             # Nichol et al., arXiv 1803.02999: the way the inner loop went, over its step size.
-            weight = query.mean_over_global_batch(
-                {task: torch.tensor(float(x.num_labels)) for task, x in query.labels.items()}, self.task_weights
-            )
-            sizes = self._step_sizes()
-            found = {name: (values[name] - adapted[name]) / sizes[name] * float(weight) for name in sizes}
+            share, sizes = _share_of_global_batch(query), self._step_sizes()
+            found = {name: (values[name] - adapted[name]) / sizes[name] * share for name in sizes}
         else:
             sums = self.loss_sums(self._part_logits(scored, adapted, group.query), query)
             loss = query.mean_over_global_batch(sums, self.task_weights)
@@ -355,6 +373,8 @@ class MetaRankingModule(RankingModule):
             found = {name: x for name, x in zip(trained, of_loss, strict=True) if x is not None}
         with torch.no_grad():
             for name, gradient in found.items():
+                if name not in gradients:
+                    continue  # a frozen parameter
                 if name.startswith(ROWS):
                     gradients[name].index_add_(0, group.first_R[name.removeprefix(ROWS)], gradient)
                 else:
@@ -374,6 +394,10 @@ class MetaRankingModule(RankingModule):
         """As of `RankingModule`, for the candidates of the queries."""
         assert isinstance(batch, EpisodeBatch)
         shots = max(batch.groups, default=0) if self.adapt_in_predict else 0
+        if self.adapt_in_predict and batch.num_samples and not shots:
+            raise MisconfigurationException(
+                "adapt_in_predict=True: the batches have no supports; give the data shots above 0, or leave it out"
+            )
         return self._predictions(self.adapted_logits(batch, shots=shots), batch.queries)
 
     def adapted_logits(self, batch: EpisodeBatch, *, shots: int) -> dict[str, Tensor]:
@@ -388,17 +412,20 @@ class MetaRankingModule(RankingModule):
         """
         embedded = self.embed(batch)
         if not shots or not batch.num_samples:
-            own = {name: embedded[name].index_select(0, at_V) for name, at_V in batch.query_values_V.items()}
+            own = {name: x.index_select(0, batch.query_values_V[name]) for name, x in embedded.items()}
             return self.score(own, batch.queries)
         if shots not in batch.groups:
             raise MisconfigurationException(
                 f"shots={shots}: the batches have supports of {sorted(batch.groups)}; give the data the same shots"
             )
         rows, scored, logits = self._rows(embedded), self._scored(), []
+        # Autocast keeps what it made of parameters in inference mode, which cannot enter a graph: copies are new to it.
+        with torch.inference_mode(False):
+            dense = {name: x.detach().requires_grad_(x.requires_grad) for name, x in scored.named_parameters()}
         for group in batch.groups[shots]:
             # Evaluation runs in inference mode, of which no tensor may enter a graph: indexing makes new ones.
             with torch.inference_mode(False), torch.enable_grad():
-                values = self._values(scored, rows, group)
+                values = self._values(dense, rows, group)
                 adapted = self._adapt(scored, values, group, loss=self._support_loss, second_order=False)
                 adapted = {name: x.detach() for name, x in adapted.items()}
             with torch.no_grad():
@@ -423,3 +450,14 @@ class MetaRankingModule(RankingModule):
         """The batches that a group's training step computes forward."""
         inner = [group.support.batch] + [group.query.batch] * (self.order == "reptile")
         return inner * self.inner_steps + [group.query.batch]
+
+
+def _size(labels: Labels) -> float | Tensor:
+    """The sum of the labels' weights."""
+    return float(labels.num_labels) if labels.weights_N is None else labels.weights_N.sum()
+
+
+def _share_of_global_batch(batch: SequenceBatch) -> float | Tensor:
+    """What part of the global batch's labels a batch has, a mean over tasks, by which its losses are weighed too."""
+    shares = [_size(x) / batch.denominators[task] for task, x in batch.labels.items() if batch.denominators[task] > 0]
+    return sum(shares) * (batch.gradient_divisor / max(len(shares), 1))

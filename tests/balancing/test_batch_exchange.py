@@ -15,6 +15,7 @@ from torchrec import KeyedJaggedTensor
 from lightning_gr.balancing.batch_exchange import destinations, exchange
 from lightning_gr.balancing.cost import SequenceCost
 from lightning_gr.batch import Labels, SequenceBatch, TokenKind
+from tests.more import more
 
 pytestmark = pytest.mark.dist
 COST = SequenceCost(linear=3.0, quadratic=0.5)
@@ -68,7 +69,7 @@ def exchange_here(
     return [rows(batch) for batch in received]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [*more(2), 3])
 def test_every_sequence_arrives_whole_where_it_was_sent(gloo: Any, world_size: int) -> None:
     pool = gloo(world_size)
 

@@ -52,6 +52,7 @@ def build(records: list[Record]) -> SequenceBatch:
         ),
         token_counts_B4=torch.tensor([r["counts"] for r in records], dtype=torch.int64).reshape(-1, 4),
         sample_ids_B=torch.tensor([r["sample"] for r in records], dtype=torch.int64),
+        shots_B=torch.tensor([r["sample"] % 3 for r in records], dtype=torch.int64),
         labels=labels,
         denominators={"next_item": 3.0, "click": 0.1},
         gradient_divisor=6.0,

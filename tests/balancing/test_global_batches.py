@@ -16,6 +16,7 @@ from torchrec import KeyedJaggedTensor
 from lightning_gr.balancing.cost import TOKENS, SequenceCost
 from lightning_gr.balancing.global_batches import GlobalBatches
 from lightning_gr.batch import PADDING_SAMPLE_ID, Labels, SequenceBatch, TokenKind
+from tests.more import more
 
 pytestmark = pytest.mark.dist
 Samples = list[tuple[int, int]]  # id and tokens; token i of sample s is the item 100 s + i
@@ -123,7 +124,7 @@ def streams_of(draw: st.DrawFn, world_size: int, *, even: bool = False) -> list[
     return [[[(next(number), n) for n in batch] for batch in own] for own in drawn]
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [*more(2), 3])
 @pytest.mark.parametrize("mode", ["local", "exchange"])
 def test_ranks_together_are_one_process_fed_the_union(gloo: Any, mode: str, world_size: int) -> None:
     pool = gloo(world_size)
@@ -170,7 +171,7 @@ def test_a_mean_of_means_fails_that_test(gloo: Any) -> None:
     assert sum(means) / 2 != pytest.approx(union, rel=1e-2)
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [*more(2), 3])
 def test_local_keeps_order_and_budget_and_exchange_keeps_the_multiset(gloo: Any, world_size: int) -> None:
     pool = gloo(world_size)
 

@@ -103,7 +103,9 @@ def test_a_run_is_what_fit_and_test_give_by_hand(folder: Path) -> None:
         "sys.exit(main(['test', *common, '--ckpt_path', str(checkpoint)]))\n"
     )
     command = [sys.executable, "-c", script, json.dumps(common)]
-    printed = subprocess.run(command, cwd=folder, env=ENV, capture_output=True, text=True, check=True).stdout
+    done = run_command(command, cwd=folder, env=ENV)
+    assert done.returncode == 0, done.stdout + done.stderr
+    printed = done.stdout
     (checkpoint,) = (folder / "hand" / "logs" / "checkpoints").glob("best.ckpt")
     result = rows(read(folder / "numbers.json"))["one"]["runs"]["2"]
     assert Path(result["checkpoint"]).name == checkpoint.resolve().name

@@ -117,6 +117,56 @@ def test_settings_belong_to_the_runs(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert last_line(capsys.readouterr().out)["settings"] == settings
 
 
+def test_an_overlay_is_judged_by_its_own_figures_and_else_it_is_said_by_whose(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = planted(tmp_path, "test HR@10 .4 ± .01", {})
+    for head, verdict, warnings in (
+        ("Expected: test HR@10 .9 ± .01", "within", []),
+        (
+            "Expected: loses; table 3",
+            "above",
+            ["mine+overlay: judged by the header of mine.yaml, since overlay.yaml expects no figures"],
+        ),
+        ("Launch: somehow", "above", ["mine+overlay: judged by the header of mine.yaml, since overlay.yaml expects"]),
+    ):
+        (tmp_path / "overlay.yaml").write_text(f"# An overlay\n# {head}\n\ntrainer: {{}}\n")
+        (recipe,) = compare_asked.contenders(["mine.yaml+overlay.yaml"])
+        folder = compare_runs.folder_of(tmp_path / "outputs" / "verify", recipe.name, 1)
+        folder.mkdir(parents=True, exist_ok=True)
+        key = compare_runs.fingerprint(recipe.files, [], 1)
+        result = {"key": key, "metrics": {"test/HR@10": 0.9}, "parameters": 1, "seconds": 1.0}
+        (folder / "result.json").write_text(json.dumps(result))
+        assert main(["verify", "mine.yaml+overlay.yaml", "--seeds=1", "--json"]) == (verdict != "within")
+        said = capsys.readouterr().out
+        numbers = last_line(said)
+        assert numbers["metrics"]["test/HR@10"]["verdict"] == verdict
+        assert len(numbers["warnings"]) == len(warnings)
+        for found, wanted in zip(numbers["warnings"], warnings, strict=True):
+            assert found.startswith(wanted)
+            assert f"warning: {found}" in said
+    assert file.exists()
+
+
+def test_a_folder_without_a_best_checkpoint_has_its_last_one_tested_and_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    planted(tmp_path, "test HR@10 .4 ± .01", {})
+    results = {"metrics": {"test/HR@10": 0.4}, "parameters": 1, "seconds": 1.0}
+    monkeypatch.setattr(verify, "run", lambda *_, **__: None)
+    monkeypatch.setattr(verify, "stored", lambda *_: results)
+    (tmp_path / "saved" / "last.ckpt").mkdir(parents=True)
+    for place, warnings in (
+        ("saved", ["--ckpt_path saved: has no best.ckpt; what is tested is last.ckpt"]),
+        ("saved/best.ckpt", []),
+    ):
+        (tmp_path / place).mkdir(exist_ok=True)
+        assert main(["verify", "mine.yaml", "--ckpt_path", "saved", "--json"]) == 0
+        said = capsys.readouterr().out
+        assert last_line(said)["warnings"] == warnings
+        assert all(f"warning: {each}" in said for each in warnings)
+
+
 def test_a_metric_that_no_run_has_logged_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     planted(tmp_path, "test HR@99 .4 ± .01", {1: 0.4})
     assert main(["verify", "mine.yaml", "--seeds=1"]) == 2

@@ -81,5 +81,5 @@ def test_a_sequence_that_is_too_long_is_refused() -> None:
     layout = JaggedLayout.from_lengths(torch.tensor([10]))
     with pytest.raises(ValueError, match="max_length=9: a sequence has 10 tokens"):
         make()(torch.zeros(10, 8, dtype=torch.float64), layout=layout, mask=IntervalMask.causal(layout))
-    with pytest.raises(ValueError, match=r"x_TD: expected \(10, 8\)"):
+    with pytest.raises(ValueError, match=r"x_TD: expected \(10 tokens, dim=8\), got shape \(10, 7\)"):
         make()(torch.zeros(10, 7, dtype=torch.float64), layout=layout, mask=IntervalMask.causal(layout))

@@ -23,6 +23,7 @@ from lightning_gr.negatives import (
     PopularityNegatives,
     UniformNegatives,
 )
+from tests.more import more
 
 ITEMS, STEPS = 30, 3
 KINDS = [("popularity", True), ("mixed", False), ("hard", False), ("hard", True), ("in_batch", True)]
@@ -111,9 +112,10 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize("world_size", [*more(2), 3])
 @pytest.mark.parametrize(("kind", "dynamic"), KINDS)
 def test_any_number_of_ranks_draws_the_same_and_has_the_same_losses(
-    gloo: Any, log: str, kind: str, dynamic: bool
+    gloo: Any, log: str, kind: str, dynamic: bool, world_size: int
 ) -> None:
     changes: dict[str, Any] = {"dynamic": dynamic}
     if kind == "hard":
@@ -121,14 +123,13 @@ def test_any_number_of_ranks_draws_the_same_and_has_the_same_losses(
     ((wanted, drawn),) = gloo(1).run(fit, 1, log, kind, **changes)
     assert len(set(wanted)) == STEPS
     assert bool(drawn) == (kind != "in_batch")
-    for world_size in (2, 3):
-        found = gloo(world_size).run(fit, world_size, log, kind, **changes)
-        together: dict[Any, Any] = {}
-        for losses, negatives in found:
-            assert losses == pytest.approx(wanted, rel=2e-4)
-            assert not together.keys() & negatives.keys()
-            together |= negatives
-        assert together == drawn
+    found = gloo(world_size).run(fit, world_size, log, kind, **changes)
+    together: dict[Any, Any] = {}
+    for losses, negatives in found:
+        assert losses == pytest.approx(wanted, rel=2e-4)
+        assert not together.keys() & negatives.keys()
+        together |= negatives
+    assert together == drawn
 
 
 @pytest.mark.dist

@@ -19,10 +19,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from tests.more import more
+
 pytestmark = pytest.mark.dist
 
 ACCELERATOR = "cuda" if os.environ.get("LIGHTNING_GR_TEST_GPUS") else "cpu"
-STEPS, ITEMS, LONGEST, BUDGET = 50, 30, 24, 48
+STEPS, ITEMS, LONGEST, BUDGET = 30, 30, 24, 48
 
 
 def write_log(path: Path, lengths: list[int]) -> str:
@@ -261,7 +263,7 @@ def truth(gloo: Any, logs: dict[str, str]) -> Truth:
     return Truth(gloo, logs)
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "adagrad"])
+@pytest.mark.parametrize("optimizer", ["adamw", *more("adagrad")])
 def test_dense_layers_to_the_last_digits_of_a_double(gloo: Any, logs: Any, truth: Any, optimizer: str) -> None:
     one = truth(optimizer=optimizer)
     assert len(one[0]["losses"]) == STEPS
@@ -294,13 +296,13 @@ def test_double_precision_reaches_the_module(gloo: Any, logs: Any, truth: Any) -
 MICRO: dict[str, Any] = {"data": {"global_tokens": 4 * LONGEST}, "balancing": {"tokens_per_rank": LONGEST}}
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("accumulate", [*more(1), 3])
 def test_micro_steps_and_accumulation_are_one_large_batch(gloo: Any, logs: Any, truth: Any, accumulate: int) -> None:
     settings = {"accumulate_grad_batches": accumulate, "max_steps": 20}
     one = truth(data=MICRO["data"], **settings)
     assert accumulate == 1 or one[0]["batches"] < 20 * accumulate, "the last windows should be short"
     batches = set()
-    for world_size in (1, 2, 3, 4):
+    for world_size in (1, 2, 4):
         many = gloo(world_size).run(train, world_size, logs["uneven"], **MICRO, **settings)
         assert difference(many, one) <= 1e-10
         assert samples(many) == samples(one)
@@ -310,7 +312,7 @@ def test_micro_steps_and_accumulation_are_one_large_batch(gloo: Any, logs: Any, 
 
 @pytest.mark.parametrize(
     "partitioner",
-    ["lpt", "contiguous", *(pytest.param(x, marks=pytest.mark.long) for x in ("karmarkar_karp", "zigzag"))],
+    ["contiguous", *more("lpt", "karmarkar_karp", "zigzag")],
 )
 def test_the_partitioner_does_not_change_the_curve(gloo: Any, logs: Any, truth: Any, partitioner: str) -> None:
     one = truth(data=MICRO["data"], max_steps=20)
@@ -321,69 +323,75 @@ def test_the_partitioner_does_not_change_the_curve(gloo: Any, logs: Any, truth: 
         assert samples(many) == samples(one)
 
 
-@pytest.mark.parametrize(("sparse", "loss"), [("adagrad", "full_softmax"), ("rowwise_adagrad", "sampled_softmax")])
-def test_static_tables(gloo: Any, logs: Any, truth: Any, sparse: str, loss: str) -> None:
+@pytest.mark.parametrize("world_size", [*more(2), 3, *more(4)])
+@pytest.mark.parametrize(
+    ("sparse", "loss"), [("adagrad", "full_softmax"), *more(("rowwise_adagrad", "sampled_softmax"))]
+)
+def test_static_tables(gloo: Any, logs: Any, truth: Any, sparse: str, loss: str, world_size: int) -> None:
     settings = {"kind": "static", "sparse": sparse, "model": {"loss": loss}}
     one = truth(**settings)
-    for world_size in (2, 3, 4):
-        many = gloo(world_size).run(train, world_size, logs["uneven"], **settings)
-        assert difference(many, one) <= 1e-4
-        assert samples(many) == samples(one)
+    many = gloo(world_size).run(train, world_size, logs["uneven"], **settings)
+    assert difference(many, one) <= 1e-4
+    assert samples(many) == samples(one)
 
 
-@pytest.mark.parametrize(
-    "sparse", [*(pytest.param(x, marks=pytest.mark.long) for x in ("adagrad", "rowwise_adagrad")), "adam"]
-)
-def test_dynamic_tables_with_policies(gloo: Any, logs: Any, truth: Any, sparse: str) -> None:
+@pytest.mark.parametrize("world_size", [*more(2, 3), 4])
+@pytest.mark.parametrize("sparse", [*more("adagrad", "rowwise_adagrad"), "adam"])
+def test_dynamic_tables_with_policies(gloo: Any, logs: Any, truth: Any, sparse: str, world_size: int) -> None:
     settings = {"kind": "dynamic", "sparse": sparse, "model": {"max_rows": 26}}
     one = truth(**settings)
     assert 0 < sum(name.startswith("row ") for name in one[0]["state"]) < ITEMS
-    for world_size in (2, 3, 4):
-        assert difference(gloo(world_size).run(train, world_size, logs["uneven"], **settings), one) <= 1e-4
+    assert difference(gloo(world_size).run(train, world_size, logs["uneven"], **settings), one) <= 1e-4
 
 
+@pytest.mark.parametrize("world_size", [*more(2), 3])
 @pytest.mark.parametrize("loss", ["sampled_softmax", "in_batch"])
-def test_who_is_admitted_does_not_depend_on_who_draws(gloo: Any, logs: Any, truth: Any, loss: str) -> None:
+def test_who_is_admitted_does_not_depend_on_who_draws(
+    gloo: Any, logs: Any, truth: Any, loss: str, world_size: int
+) -> None:
     settings = {"kind": "dynamic", "model": {"loss": loss, "min_count": 4}, "max_steps": 20}
-    for world_size in (2, 3):
-        many = gloo(world_size).run(train, world_size, logs["uneven"], **settings)
-        assert difference(many, truth(**settings)) <= 1e-4
+    many = gloo(world_size).run(train, world_size, logs["uneven"], **settings)
+    assert difference(many, truth(**settings)) <= 1e-4
 
 
-@pytest.mark.parametrize("clip", [None, 0.2])
-def test_dynamic_tables_in_micro_steps_with_one_norm_clipped(gloo: Any, logs: Any, truth: Any, clip: Any) -> None:
+@pytest.mark.parametrize("world_size", [*more(1, 2), 4])
+@pytest.mark.parametrize("clip", [*more(None), 0.2])
+def test_dynamic_tables_in_micro_steps_with_one_norm_clipped(
+    gloo: Any, logs: Any, truth: Any, clip: Any, world_size: int
+) -> None:
     settings: dict[str, Any] = {"kind": "dynamic", "sparse": "adam", "model": {"loss": "sampled_softmax"}}
     settings |= {"accumulate_grad_batches": 3, "gradient_clip_val": clip, "max_steps": 12}
     one = truth(data=MICRO["data"], **settings)
     if clip:
         assert difference(one, truth(data=MICRO["data"], **settings | {"gradient_clip_val": None})) > 1e-2
-    for world_size in (1, 2, 4):
-        assert difference(gloo(world_size).run(train, world_size, logs["uneven"], **MICRO, **settings), one) <= 1e-4
+    assert difference(gloo(world_size).run(train, world_size, logs["uneven"], **MICRO, **settings), one) <= 1e-4
 
 
 @pytest.mark.parametrize("log", ["one user", "length 1"])
-@pytest.mark.parametrize("kind", [pytest.param("static", marks=pytest.mark.long), "dynamic"])
-def test_a_single_user_and_sequences_of_one_token(gloo: Any, logs: Any, truth: Any, log: str, kind: str) -> None:
+@pytest.mark.parametrize("kind", [*more("static"), "dynamic"])
+@pytest.mark.parametrize("world_size", [*more(2), 4])
+def test_a_single_user_and_sequences_of_one_token(
+    gloo: Any, logs: Any, truth: Any, log: str, kind: str, world_size: int
+) -> None:
     settings = {"kind": kind, "max_steps": 12}
     one = truth(log, **settings)
-    for world_size in (2, 4):
-        many = gloo(world_size).run(train, world_size, logs[log], **settings)
-        assert difference(many, one) <= 1e-4
-        assert samples(many) == samples(one)
+    many = gloo(world_size).run(train, world_size, logs[log], **settings)
+    assert difference(many, one) <= 1e-4
+    assert samples(many) == samples(one)
 
 
-@pytest.mark.parametrize("kind", ["dense", "static", "dynamic"])
-def test_evaluation_has_the_same_metrics(gloo: Any, logs: Any, truth: Any, kind: str) -> None:
+@pytest.mark.parametrize("world_size", [*more(2, 3), 4])
+@pytest.mark.parametrize("kind", [*more("dense", "static"), "dynamic"])
+def test_evaluation_has_the_same_metrics(gloo: Any, logs: Any, truth: Any, kind: str, world_size: int) -> None:
     settings = {"kind": kind, "max_steps": 6, "val_check_interval": 3, "limit_val_batches": 1.0}
     one = truth(**settings)[0]
-    for world_size in (2, 3, 4):
-        many = gloo(world_size).run(train, world_size, logs["uneven"], **settings)
-        assert world_size == 2 or any(rank["evaluated"][0] for rank in many), "some ranks should evaluate padding"
-        assert sum(n * k for rank in many for n, k in rank["evaluated"].items()) == 2 * 41
-        for rank in many:
-            found = {name: value for name, value in rank["metrics"].items() if name.startswith("val/")}
-            assert found == pytest.approx({name: one["metrics"][name] for name in found}, rel=1e-4)
-            assert "val/loss" in found
+    many = gloo(world_size).run(train, world_size, logs["uneven"], **settings)
+    assert world_size == 2 or any(rank["evaluated"][0] for rank in many), "some ranks should evaluate padding"
+    assert sum(n * k for rank in many for n, k in rank["evaluated"].items()) == 2 * 41
+    for rank in many:
+        found = {name: value for name, value in rank["metrics"].items() if name.startswith("val/")}
+        assert found == pytest.approx({name: one["metrics"][name] for name in found}, rel=1e-4)
+        assert "val/loss" in found
 
 
 def test_bf16_agrees_loosely(gloo: Any, logs: Any, truth: Any) -> None:
@@ -420,22 +428,26 @@ def fit_twice(world_size: int, log: str, *, kind: str, same: bool, tokens_per_ra
     return {"losses": losses, "state": state(module), "metrics": metrics}
 
 
-@pytest.mark.parametrize("same", [True, pytest.param(False, marks=pytest.mark.long)])
-def test_fit_validate_and_fit_again(gloo: Any, logs: Any, same: bool) -> None:
-    for kind, tokens, close in (("dense", LONGEST, 1e-10), ("dynamic", LONGEST, 1e-4), ("static", None, 1e-4)):
-        settings = {"kind": kind, "same": same}
-        one = gloo(1).run(fit_twice, 1, logs["uneven"], **settings, tokens_per_rank=None)
-        for world_size in (1, 3):
-            many = gloo(world_size).run(fit_twice, world_size, logs["uneven"], **settings, tokens_per_rank=tokens)
-            assert difference(many, one) <= close, (kind, world_size)
-            assert many[0]["metrics"] == pytest.approx(one[0]["metrics"], rel=1e-4)
+@pytest.mark.parametrize("same", [True, *more(False)])
+@pytest.mark.parametrize(
+    ("kind", "tokens", "close"),
+    [*more(("dense", LONGEST, 1e-10)), ("dynamic", LONGEST, 1e-4), ("static", None, 1e-4)],
+)
+@pytest.mark.parametrize("world_size", [*more(1), 3])
+def test_fit_validate_and_fit_again(
+    gloo: Any, logs: Any, same: bool, kind: str, tokens: int | None, close: float, world_size: int
+) -> None:
+    settings = {"kind": kind, "same": same}
+    one = gloo(1).run(fit_twice, 1, logs["uneven"], **settings, tokens_per_rank=None)
+    many = gloo(world_size).run(fit_twice, world_size, logs["uneven"], **settings, tokens_per_rank=tokens)
+    assert difference(many, one) <= close
+    assert many[0]["metrics"] == pytest.approx(one[0]["metrics"], rel=1e-4)
 
 
 def test_loaders_made_anew_each_epoch(gloo: Any, logs: Any, truth: Any) -> None:
     settings = {"max_steps": 20, "reload_dataloaders_every_n_epochs": 1}
     one = truth(data=MICRO["data"], max_steps=20)
-    for world_size in (1, 2):
-        assert difference(gloo(world_size).run(train, world_size, logs["uneven"], **MICRO, **settings), one) <= 1e-10
+    assert difference(gloo(2).run(train, 2, logs["uneven"], **MICRO, **settings), one) <= 1e-10
 
 
 class Save(pl.Callback):
@@ -455,14 +467,14 @@ def test_micro_steps_resume_on_any_number_of_ranks(gloo: Any, logs: Any, tmp_pat
     path = str(tmp_path / "middle.ckpt")
     one = gloo(1).run(train_and_save, 1, logs["uneven"], path, 6, max_steps=20, **MICRO)
     assert one[0]["epochs"][5] == one[0]["epochs"][6], "in the middle of an epoch"
-    for world_size in (1, 2, 4):
+    for world_size in (1, 4):
         many = gloo(world_size).run(train, world_size, logs["uneven"], max_steps=20, ckpt_path=path, **MICRO)
         rest = [{"losses": one[0]["losses"][6:], "samples": one[0]["samples"][6:], "state": one[0]["state"]}]
         assert samples(many) == samples(rest)
         assert difference(many, rest) <= 1e-10
 
 
-@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize("step", [*more(1), 3])
 def test_resumed_with_more_micro_steps_than_before(gloo: Any, logs: Any, tmp_path: Path, step: int) -> None:
     path = str(tmp_path / "middle.ckpt")
     four = gloo(4).run(train_and_save, 4, logs["uneven"], path, step, max_steps=12, **MICRO)
@@ -603,20 +615,20 @@ def train_streams(
 @pytest.mark.parametrize("kind", ["dense", "static", "dynamic"])
 @pytest.mark.parametrize(
     ("accumulate", "budget"),
-    [*(pytest.param(*x, marks=pytest.mark.long) for x in ((1, None), (1, 20), (3, None))), (3, 20)],
+    [*more((1, None), (1, 20), (3, None)), (3, 20)],
 )
+@pytest.mark.parametrize("world_size", [*more(2), 3])
 def test_own_streams_equal_one_process_fed_their_union(
-    gloo: Any, mode: str, kind: str, accumulate: int, budget: int | None
+    gloo: Any, mode: str, kind: str, accumulate: int, budget: int | None, world_size: int
 ) -> None:
     if kind == "static" and accumulate > 1:
         pytest.skip("static tables step on every micro-batch")
-    for world_size in (2, 3):
-        feed = (world_size, accumulate, budget)
-        one = gloo(1).run(train_streams, 1, kind, None, 1, feed)
-        balancing = {"mode": mode, "tokens_per_rank": budget}
-        many = gloo(world_size).run(train_streams, world_size, kind, balancing, accumulate, feed)
-        assert samples(many) == samples(one)
-        assert difference(many, one) <= (1e-10 if kind == "dense" else 1e-4)
+    feed = (world_size, accumulate, budget)
+    one = gloo(1).run(train_streams, 1, kind, None, 1, feed)
+    balancing = {"mode": mode, "tokens_per_rank": budget}
+    many = gloo(world_size).run(train_streams, world_size, kind, balancing, accumulate, feed)
+    assert samples(many) == samples(one)
+    assert difference(many, one) <= (1e-10 if kind == "dense" else 1e-4)
 
 
 # ---- what cannot be exact is said --------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.more import more
+
 pytestmark = pytest.mark.dist
 
 ACCELERATOR = "cuda" if os.environ.get("LIGHTNING_GR_TEST_GPUS") else "cpu"
@@ -256,13 +258,14 @@ def batches(rank: dict[str, Any], stage: str) -> set[int]:
     return {batch for name, batch, *_ in rank["events"] if name == stage}
 
 
-@pytest.mark.parametrize("kind", [pytest.param("static", marks=pytest.mark.long), "dynamic"])
-def test_it_is_the_plain_loader_bit_for_bit(gloo: Any, log: str, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", [*more("static"), "dynamic"])
+@pytest.mark.parametrize("ways", [({"depth": 2}, {"depth": 3, "threads": False}), *more([{"depth": 1}])], ids=str)
+def test_it_is_the_plain_loader_bit_for_bit(gloo: Any, log: str, tmp_path: Path, kind: str, ways: Any) -> None:
     run, given = gloo(2).run, {"log": log}
     plain = run(fit, "retrieval", kind, depth=0, given=given, save=str(tmp_path / "plain.ckpt"))
     assert not plain[0]["events"]
     assert len(plain[0]["validated"]) > 4
-    for number, settings in enumerate(({"depth": 1}, {"depth": 2}, {"depth": 3, "threads": False})):
+    for number, settings in enumerate(ways):
         found = run(fit, "retrieval", kind, given=given, save=str(tmp_path / f"{number}.ckpt"), **settings)
         assert_same(found, plain)
         for rank in found:
@@ -270,13 +273,13 @@ def test_it_is_the_plain_loader_bit_for_bit(gloo: Any, log: str, tmp_path: Path,
             assert batches(rank, "train") <= batches(rank, "lookup")
 
 
-@pytest.mark.parametrize("kind", [pytest.param("static", marks=pytest.mark.long), "dynamic"])
-def test_a_resumed_run_equals_the_uninterrupted_one(gloo: Any, log: str, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", [*more("static"), "dynamic"])
+@pytest.mark.parametrize("depth", [*more(0, 1), 3])
+def test_a_resumed_run_equals_the_uninterrupted_one(gloo: Any, log: str, tmp_path: Path, kind: str, depth: int) -> None:
     run, path = gloo(2).run, str(tmp_path / "middle.ckpt")
     given = {"log": log, "dropout": 0.0}  # the state of torch's generator is in no checkpoint
     whole = run(fit, "retrieval", kind, depth=2, given=given, save=path)
-    for depth in (0, 1, 3):
-        assert_same(run(fit, "retrieval", kind, depth=depth, given=given, ckpt_path=path), whole, since=4)
+    assert_same(run(fit, "retrieval", kind, depth=depth, given=given, ckpt_path=path), whole, since=4)
 
 
 OWN: dict[str, dict[str, Any]] = {
@@ -293,8 +296,14 @@ OWN: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("kind", ["static", "dynamic"])
-@pytest.mark.parametrize("case", OWN)
+STATIC_TOO = ("several forwards, accumulated", "features made in the step")
+
+
+@pytest.mark.parametrize(
+    ("case", "kind"),
+    [*((x, "dynamic") for x in OWN), *((x, "static") for x in STATIC_TOO)]
+    + more(*((x, "static") for x in OWN if x not in STATIC_TOO)),
+)
 def test_a_users_own_module_and_loaders(gloo: Any, case: str, kind: str) -> None:
     plain = gloo(2).run(fit, "own", kind, depth=0, **OWN[case])
     assert len(plain[0]["losses"]) == {"stopped": 7, "by steps": 7}.get(case, 8 if "part" in case else 12)
@@ -354,8 +363,7 @@ def test_a_stream_of_unknown_length(gloo: Any, tmp_path: Path) -> None:
     write_days(folder)
     plain = gloo(2).run(fit_stream, str(folder), 0)
     assert len(plain[0]["losses"]) > 8
-    for depth in (1, 3):
-        assert gloo(2).run(fit_stream, str(folder), depth) == plain
+    assert gloo(2).run(fit_stream, str(folder), 3) == plain
 
 
 def write_days(folder: Path) -> None:

@@ -17,6 +17,7 @@ from lightning_gr.embeddings.dynamic import DynamicTables
 from lightning_gr.models import MTGR, RankingModule
 from tests.data.test_feature_config import TASKS, make_store
 from tests.models.test_ranking_tokens import LEARNED, many_users
+from tests.more import more
 from tests.plugins.test_laws_of_training import Recorder, difference, make_trainer, samples
 from tests.plugins.test_laws_of_training import state as state_of_dense_and_static
 
@@ -84,7 +85,7 @@ def train_planned(world_size: int, store: str, kind: str, balancing: dict[str, A
     return taken | {"tested": tested}
 
 
-@pytest.mark.parametrize(("kind", "tokens_per_rank"), [("static", None), ("dynamic", None), ("dynamic", 26)])
+@pytest.mark.parametrize(("kind", "tokens_per_rank"), [*more(("static", None), ("dynamic", None)), ("dynamic", 26)])
 def test_planned_windows_on_two_ranks_are_those_of_one(
     gloo: Any, store: str, kind: str, tokens_per_rank: int | None
 ) -> None:
@@ -149,7 +150,7 @@ def train_streams(
 
 
 @pytest.mark.parametrize("mode", ["local", "exchange"])
-@pytest.mark.parametrize(("kind", "budget"), [("static", None), ("dynamic", 30), ("dynamic", None)])
+@pytest.mark.parametrize(("kind", "budget"), [*more(("static", None), ("dynamic", None)), ("dynamic", 30)])
 def test_own_streams_of_windows_equal_one_process_fed_their_union(
     gloo: Any, store: str, mode: str, kind: str, budget: int | None
 ) -> None:

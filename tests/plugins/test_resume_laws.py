@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from typing_extensions import override
+
+from tests.more import more
 
 pytestmark = pytest.mark.dist
 
@@ -312,14 +314,18 @@ def test_the_run_has_everything_in_it(full: Full) -> None:
 SAVES: list[dict[str, Any]] = [{}, {"full_every": 3}, {"background": False}, {"background": False, "full_every": 3}]
 
 
-@pytest.mark.parametrize("save", [SAVES[1], *(pytest.param(x, marks=pytest.mark.long) for x in (SAVES[0], *SAVES[2:]))])
-def test_from_every_step_on_one_process(gloo: Any, log: str, full: Full, save: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("save", "steps"), [(SAVES[1], range(2, STEPS + 1, 3)), *more(*((save, range(1, STEPS + 1)) for save in SAVES))]
+)
+def test_from_every_step_on_one_process(
+    gloo: Any, log: str, full: Full, save: dict[str, Any], steps: Sequence[int]
+) -> None:
     folder, ranks = full(1, save)
-    for step in range(1, STEPS + 1):
+    for step in steps:
         assert_equal(gloo(1).run(train, 1, log, folder=folder, start=step), ranks, step)
 
 
-@pytest.mark.parametrize("steps", [(4, 5), pytest.param(range(1, STEPS + 1), marks=pytest.mark.long)])
+@pytest.mark.parametrize("steps", [(5,), *more(range(1, STEPS + 1))])
 def test_on_two_processes(gloo: Any, log: str, full: Full, steps: Any) -> None:
     folder, ranks = full(2, {"full_every": 3})
     for step in steps:
@@ -328,7 +334,7 @@ def test_on_two_processes(gloo: Any, log: str, full: Full, steps: Any) -> None:
 
 def test_between_two_micro_batches_validation_changes_nothing(gloo: Any, log: str, full: Full) -> None:
     folder, ranks = full(1, val_check_interval=5)
-    for step in (2, 5):
+    for step in (5,):
         found = gloo(1).run(train, 1, log, folder=folder, start=step, val_check_interval=5)
         assert_equal(found, ranks, step)
 
@@ -401,11 +407,12 @@ def days(tmp_path_factory: pytest.TempPathFactory) -> str:
 STREAMED: dict[str, Any] = {"days": True, "max_steps": 9, "accumulate_grad_batches": 1, "val_check_interval": None}
 
 
-def test_a_stream_from_every_step(gloo: Any, days: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [(2, 5, 9), *more(range(1, 10))])
+def test_a_stream_from_every_step(gloo: Any, days: str, tmp_path: Path, steps: Sequence[int]) -> None:
     folder = str(tmp_path)
     (one,) = gloo(1).run(train, 1, days, folder=folder, save={"full_every": 2}, **STREAMED)
     assert sum(x[0] == "epoch end" for x in one["lines"]) >= 2
-    for step in range(1, 10):
+    for step in steps:
         found = gloo(1).run(train, 1, days, folder=folder, start=step, **STREAMED)
         if step == 9:  # with which training ended before the end of the day
             one = one | {"lines": [x for x in one["lines"] if x[1] < 8 or x[0] == "saved"]}
@@ -502,7 +509,7 @@ def test_a_users_own_loader(gloo: Any, tmp_path: Path, sized: bool, depth: int, 
     assert one["trained"] == [(epoch, batch) for epoch in range(3) for batch in range(7)]
     steps = 3 * -(-7 // accumulate)
     assert one["total"] == (steps if sized else -1)
-    for step in range(1, steps):
+    for step in range(2, steps, 4):
         (found,) = gloo(1).run(train_plain, str(tmp_path), start=step, **settings)
         epoch, steps_in = divmod(step, steps // 3)
         done = 7 * epoch + accumulate * steps_in

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from tests.conftest import PRELOADED
+from tests.more import more
 
 pytestmark = pytest.mark.dist
 
@@ -197,7 +198,7 @@ RUNS: dict[str, tuple[int, dict[str, Any]]] = {
 }
 
 
-LONG = ("one batch", "by steps", "a part", "clipped")
+LONG = ("one batch", "two epochs", "by steps", "a part", "clipped")
 
 
 @pytest.mark.parametrize("case", [pytest.param(x, marks=pytest.mark.long) if x in LONG else x for x in RUNS])
@@ -213,7 +214,7 @@ def test_it_is_the_plain_loop_bit_for_bit(gloo: Any, case: str) -> None:
             assert set(times(rank, "train")) <= set(times(rank, "fetch"))
 
 
-@pytest.mark.parametrize(("world_size", "groups"), [(1, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize(("world_size", "groups"), [*more((1, 1), (2, 2)), (4, 2)])
 def test_on_any_number_of_ranks_and_groups(gloo: Any, world_size: int, groups: int) -> None:
     plain = gloo(world_size).run(fit, PLAIN | {"table_groups": groups}, num_batches=8)
     assert_same(gloo(world_size).run(fit, EXACT | {"table_groups": groups}, num_batches=8), plain)

@@ -23,6 +23,8 @@ import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 
+from tests.more import more
+
 pytestmark = pytest.mark.dist
 
 STEPS, SAMPLES, FIRST = 12, 6, 0.5
@@ -369,13 +371,14 @@ POLICIES: dict[str, dict[str, Any]] = {
     "expiry": {"ttl_steps": 2},
     "all": TIGHT | {"ttl_steps": 3, "admission": {"min_count": 2}, "on_missing": "default_row"},
 }
+FEW = ("admission, default row", "evictions", "all")
 HAPPENS = {"admission": "rejected", "evictions": "evicted", "too small": "failed", "expiry": "expired"}
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [x if x in FEW else pytest.param(x, marks=pytest.mark.long) for x in POLICIES])
 def test_it_is_synchronous_training_where_consecutive_batches_share_no_id(gloo: Any, policy: str) -> None:
     batches, place = samples(shared=False), list(POLICIES).index(policy)
-    for world_size in (1, 2) if policy in ("grows", "all") else (2,):
+    for world_size in (1, 2) if policy == "all" else (2,):
         run = functools.partial(gloo(world_size).run, fit, batches, model={"policy": POLICIES[policy]})
         optimizer = {"sparse_optimizer": ("adagrad", "adam")[(place + world_size) % 2], "sparse_lr": 0.1}
         plain, found = run(strategy=optimizer), run(strategy=optimizer | SEMI)
@@ -400,7 +403,7 @@ def test_clipping_by_value(gloo: Any) -> None:
     assert not same(free, plain)
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [*more(1), 2])
 def test_a_step_uses_rows_without_the_latest_update_alone(gloo: Any, world_size: int) -> None:
     batches = samples(shared=True)
     run = functools.partial(gloo(world_size).run, fit, batches, max_epochs=2)
@@ -414,7 +417,7 @@ def test_a_step_uses_rows_without_the_latest_update_alone(gloo: Any, world_size:
     assert_ahead(found, [x for x in range(1, 2 * STEPS) if x != STEPS])
 
 
-@pytest.mark.parametrize("k", [1, 4, 9])
+@pytest.mark.parametrize("k", [*more(1, 9), 4])
 def test_it_begins_after_synchronous_steps(gloo: Any, k: int) -> None:
     batches = samples(shared=True)
     run = functools.partial(gloo(2).run, fit, batches)
@@ -472,6 +475,13 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
+LONG = (
+    *("rowwise_adagrad", "sgd", "momentum", "clipped by norm", "clipped by value", "bf16, tight", "not merged"),
+    *(name for name in CASES if name.startswith(("policy", "tight, missing ", "stored in "))),
+)
+SHORT = ("policy all", "tight, missing bucket", "stored in mixed")
+
+
 def exact_and_sync(gloo: Any, world_size: int, case: dict[str, Any], **more: Any) -> tuple[Any, Any]:
     accumulate = case.get("accumulate_grad_batches", 1)
     batches = samples(shared=True, accumulate=accumulate, steps=STEPS // accumulate)
@@ -480,7 +490,9 @@ def exact_and_sync(gloo: Any, world_size: int, case: dict[str, Any], **more: Any
     return run(strategy=EXACT | given), run(strategy=given)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(x, marks=pytest.mark.long) if x in LONG and x not in SHORT else x for x in CASES]
+)
 def test_the_exact_variant_is_synchronous_training(gloo: Any, case: str) -> None:
     found, plain = exact_and_sync(gloo, 2, CASES[case])
     assert_same(found, plain)
@@ -489,7 +501,7 @@ def test_the_exact_variant_is_synchronous_training(gloo: Any, case: str) -> None
     assert_ahead(found, range(6 if case == "late" else accumulate, STEPS, accumulate))
 
 
-@pytest.mark.parametrize(("world_size", "groups"), [(1, 1), (2, 2), pytest.param(4, 2, marks=pytest.mark.long)])
+@pytest.mark.parametrize(("world_size", "groups"), [*more((1, 1), (4, 2)), (2, 2)])
 def test_the_exact_variant_on_any_number_of_ranks_and_groups(gloo: Any, world_size: int, groups: int) -> None:
     for case in ("clipped, accumulated", "tight, missing bucket"):
         assert_same(*exact_and_sync(gloo, world_size, CASES[case], table_groups=groups, sparse_optimizer="adam"))
@@ -498,8 +510,9 @@ def test_the_exact_variant_on_any_number_of_ranks_and_groups(gloo: Any, world_si
 # ---- between the steps -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["semi_async", "exact_async"])
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize(
+    ("mode", "groups"), [("semi_async", 2), ("exact_async", 1), *more(("semi_async", 1), ("exact_async", 2))]
+)
 def test_a_resumed_run_equals_the_one_that_saved(gloo: Any, tmp_path: Path, mode: str, groups: int) -> None:
     batches, path = samples(shared=True), str(tmp_path / "middle.ckpt")
     strategy = SEMI | {"sparse_update": mode, "table_groups": groups, "sparse_optimizer": "adam", "sparse_lr": 0.05}
@@ -738,7 +751,7 @@ class ByHand(pl.Callback):
 CLIPPED = {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}
 
 
-@pytest.mark.parametrize(("mode", "settings"), [(EXACT, {}), (EXACT, CLIPPED), (SEMI, CLIPPED)])
+@pytest.mark.parametrize(("mode", "settings"), [*more((EXACT, {})), (EXACT, CLIPPED), (SEMI, CLIPPED)])
 def test_an_update_that_takes_long_changes_no_number(gloo: Any, mode: dict[str, Any], settings: dict[str, Any]) -> None:
     run = functools.partial(gloo(2).run, fit, samples(shared=True, steps=8), **settings)
     wanted = run(strategy={} if mode is EXACT else mode)

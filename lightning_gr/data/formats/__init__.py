@@ -11,6 +11,7 @@ from lightning_gr.data.event_log import EventLog
 from lightning_gr.data.formats import amazon, kuairand, movielens, recbole, s3rec, table
 from lightning_gr.data.formats.history import with_history
 from lightning_gr.data.formats.table import Columns
+from lightning_gr.data.formats.tasks import with_tasks
 from lightning_gr.data.formats.text import first_line
 
 FORMS: dict[str, Callable[..., EventLog]] = {
@@ -27,7 +28,7 @@ _RECOGNISED = (kuairand, movielens, recbole, amazon, s3rec, table)
 """In this order: the general table comes last."""
 _TABLES = ("csv", "parquet", "jsonl")
 
-__all__ = ["FORMS", "Columns", "open_log", "with_history"]
+__all__ = ["FORMS", "Columns", "open_log", "with_history", "with_tasks"]
 
 
 def open_log(path: str | Path, form: str = "auto", *, columns: Columns | None = None, **options: Any) -> EventLog:

@@ -98,10 +98,13 @@ class _Run:
         """Names the log's files as they are now, how they are read, and the settings."""
         files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in self._log.all_files]
         columns = {name: value for name, value in vars(self._log).items() if isinstance(value, str | tuple | int)}
-        columns.pop("files")
+        for name in ("files", "required", "left_out"):
+            columns.pop(name)
         what = [_VERSION, files, repr(sorted(columns.items())), self._plan(), repr(self._settings)]
         if self._log.history is not None:
             what.append(len(self._log.files))
+        if self._log.digest is not None:
+            what.append(self._log.digest())
         return hashlib.blake2b(json.dumps(what).encode(), digest_size=16).hexdigest()
 
     def _plan(self) -> str:

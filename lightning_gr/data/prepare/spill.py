@@ -238,7 +238,8 @@ def _typed(
             columns += [found.alias(TIME), fine.alias(FINE)]
         for name in log.sparse:
             raw = batch[name] if of is log else pl.repeat(None, len(batch), dtype=pl.Null, eager=True)
-            columns.append(cells.ids(raw, name, bad, as_text=name in as_text, required=False).alias(name))
+            required = name in log.required
+            columns.append(cells.ids(raw, name, bad, as_text=name in as_text, required=required).alias(name))
         for name in (*log.dense, *log.labels):
             if of is not log:
                 columns.append(pl.Series(name, np.full(len(batch), np.nan, dtype=np.float32)))

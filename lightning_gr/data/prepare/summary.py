@@ -54,17 +54,22 @@ class Summary:
             dropped["duplicate"] = totals["duplicates"]
         left = counts.rows - sum(dropped.values()) - totals["kept"]
         if left:
-            least = {"user": settings.min_user_events, "item": settings.min_item_events}
+            row = "user" if self._log.tasks is None else "task"
+            least = {row: settings.min_user_events, "item": settings.min_item_events}
             small = " or ".join(f"{what} with fewer than {n} events" for what, n in least.items() if n > 1)
-            dropped[f"of a {small}" if small.startswith("user") else f"of an {small}"] = left
-        history = {}
+            dropped[f"of a {small}" if small.startswith(row) else f"of an {small}"] = left
+        further: dict[str, Any] = {}
         if self._log.history is not None:
-            history = {
+            further = {
                 "history_files": [file.name for file in self._log.history.files],
                 "history_rows_read": counts.history,
                 "history_events_kept": totals["history"],
             }
-        return history | {
+        if self._log.tasks is not None:
+            further["tasks"] = self._log.tasks
+        if self._log.left_out:
+            further["left_out_features"] = list(self._log.left_out)
+        return further | {
             "form": self._log.form,
             "files": [file.name for file in self._log.files],
             "rows_read": counts.rows,

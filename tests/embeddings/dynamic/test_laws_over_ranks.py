@@ -24,6 +24,7 @@ from lightning_gr.embeddings.dynamic import (
     TablePolicy,
 )
 from lightning_gr.embeddings.dynamic.gather_rows import gather_rows
+from tests.more import more
 
 FEATURES = ["k", "f", "g", "h"]
 NUM_STEPS, B = 24, 6
@@ -208,8 +209,11 @@ def assert_same(one: dict[str, Any], parts: list[dict[str, Any]], *, statistics:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("world_size", [2, 3, 4])
-@pytest.mark.parametrize("name", list(POLICIES))
+@pytest.mark.parametrize(
+    ("name", "world_size"),
+    [(x, 2 + i % 3) for i, x in enumerate(POLICIES)]
+    + more(*((x, 2 + (i + j) % 3) for i, x in enumerate(POLICIES) for j in (1, 2))),
+)
 def test_many_processes_are_one(gloo: Callable[[int], Any], name: str, world_size: int) -> None:
     assert_same(on_one(name), gloo(world_size).run(trained, name))
 
