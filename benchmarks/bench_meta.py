@@ -1,27 +1,33 @@
-"""Meta training on two processes against its textbook form, against one process, and what reads its batches.
+"""Meta training on two processes: against the textbook's step, against one process, and reading its batches.
 
-python benchmarks/bench_meta.py [--repeats 5] [--steps 12] [--quick] [--json]
+python benchmarks/bench_meta.py [--repeats 5] [--steps 16] [--quick] [--json]
 
 Lightning's Trainer under `SequenceBalancedStrategy` trains `MetaRankingModule` over a DLRM with dynamic tables of some
-hundred thousand rows on episodes of 10 support and 10 query records, which are in memory; ids by Zipf's law. Each
-process has a core of its own and one thread, processes talk by gloo, and forms take turns. Two sizes: `both` adapts
-dense parameters and rows, `rows` rows alone, so that a process's episodes are one group.
+hundred thousand rows on episodes of 10 support and 10 query records, which are in memory; items by Zipf's law. Each
+process has a core of its own and one thread, processes talk by gloo, and forms take turns. Two sizes: `rows` adapts
+embedding rows, so that all episodes of a process are computed together; `both` adapts dense parameters too, episode by
+episode. Each adapts in one inner step, of first order.
 
-Forms of a step on two processes, all with the same losses, or the benchmark fails:
+Forms of a step on two processes. All must have the same losses, or the benchmark fails:
 
-- `ours`: one lookup of support and query, its ids sent ahead while the step before computes; each process's outer
-  gradient, dense parameters all-reduced, rows by one exchange
-- `ours_no_pipeline`: the same without sending ids ahead
-- `textbook`: `TextbookModule`: a lookup of supports and one of queries; the gradients of each task gathered on the
-  first process, which updates, and hands out parameters and row gradients
-- `textbook_summed`: the same, but each process adds up its tasks' gradients before they are gathered
+- `ours`: one lookup of support and query, whose ids are sent ahead while the step before computes; each process takes
+  the outer gradient of its tasks, dense parameters are all-reduced, rows get theirs by one exchange
+- `ours_no_pipeline`: the same, but no ids are sent ahead
+- `textbook_summed`: `TextbookModule`: a lookup of supports and one of queries; gradients are gathered on the first
+  process, which updates dense parameters, sends them to all, and each row's gradient to where the row is. Each process
+  adds up the gradients of its tasks before, as textbooks do not say, so that both forms compute the same
+- `textbook`: the same, but each task's gradients travel, as textbooks have it; of size `both` alone, since tasks that
+  are computed together have no gradients of their own
 
-`speedup_meta`: a step of `textbook` over one of `ours`, of size `both`; `..._summed` over `textbook_summed`; `_rows` of
-the other size. `exchanges` and `sent_mb`: collectives and bytes of a process in a step, means over processes; DDP's
-all-reduce counts as one that sends 2 (N - 1) / N of the parameters. `apart`: the share of a step that one process alone
-with the same work does not have: waiting, sending, updating for others. `weak_scaling`: the step of two trainings of
-one process each, which run side by side, over that of one training on two with as much work a process.
-`speedup_meta_io`: see meta_io.py.
+`speedup_meta`: a step of `textbook_summed` over one of `ours`, of size `rows`; `speedup_meta_both` and
+`speedup_meta_both_by_task`: of size `both`, over `textbook_summed` and `textbook`. `exchanges` and `sent_mb`:
+collectives and bytes of a process in a step, means over processes; DDP's all-reduce, which is not called from Python,
+counts as one that sends 2 (N - 1) / N of the parameters. `apart`: the share of a step that two trainings of one process
+each with as much work, side by side, do not have: sending, waiting, and what is done for others.
+
+`weak_scaling`: the step of those two trainings over one of `ours`, of size `both`; `weak_scaling_rows` of the other.
+
+`speedup_meta_io` and all that begins with `meta_io` and `buffer`: see meta_io.py.
 """
 
 from __future__ import annotations
@@ -34,10 +40,11 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import meta_io
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -46,7 +53,19 @@ from reporting import commit, device, publish
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 ITEMS, EXPONENT = 200_000, 1.05
-FIELDS = {"author": 50_000, "category": 300, "place": 2_000, "hour": 24}
+FIELDS = {
+    "author": 50_000,
+    "campaign": 30_000,
+    "brand": 20_000,
+    "topic": 3_000,
+    "category": 300,
+    "query": 100_000,
+    "place": 2_000,
+    "device": 500,
+    "page": 60,
+    "hour": 24,
+}
+OF_ITEM = ("author", "campaign", "brand", "topic", "category")
 HIDDEN = (256, 128)
 SUPPORT = QUERY = 10
 WARM_UP = 3
@@ -69,8 +88,12 @@ class Size:
     dim: int
 
 
-SIZES = {"both": Size("both", 16, 32), "rows": Size("embedding", 64, 32)}
-FORMS = ("ours", "ours_no_pipeline", "textbook", "textbook_summed")
+SIZES = {"rows": Size("embedding", 64, 32), "both": Size("both", 16, 32)}
+FORMS = {
+    "rows": ("ours", "ours_no_pipeline", "textbook_summed"),
+    "both": ("ours", "ours_no_pipeline", "textbook_summed", "textbook"),
+}
+GOALS = {"speedup_meta": 1.5, "weak_scaling": 0.9, "speedup_meta_io": 2}
 
 
 def write_store(folder: Path, tasks: int) -> str:
@@ -89,11 +112,11 @@ def write_store(folder: Path, tasks: int) -> str:
         "item_id": items,
         "timestamp": 1_650_000_000 + rng.integers(1, 600, total).cumsum(),
         "click": (rng.random(total) < np.where(items % 3, 0.3, 0.7)).astype(np.float64),
-        "author": items * 7919 % FIELDS["author"],
-        "category": items * 7877 % FIELDS["category"],
-        "place": rng.integers(FIELDS["place"], size=total),
-        "hour": rng.integers(FIELDS["hour"], size=total),
     }
+    for number, (name, count) in enumerate(FIELDS.items()):
+        columns[name] = (
+            items * (2 * number + 7919) % count if name in OF_ITEM else (rng.random(total) ** 2 * count).astype(int)
+        )
     pl.DataFrame(columns).write_csv(folder / "log.csv")
     asked = Columns(sparse=tuple(FIELDS), labels=("click",))
     return str(prepare(open_log(folder / "log.csv", columns=asked), folder / "store").path)
@@ -180,18 +203,18 @@ def train(path: str, form: str, size: Size, steps: int, share: tuple[int, int] |
 
     Args:
         path: of the store.
-        form: of `FORMS`.
+        form: of a step.
         size: of the training.
         steps: that are timed.
         share: which of so many processes' batches; None takes those of the rank.
     """
     import lightning.pytorch as pl
+    from meta_model import TextbookModule
 
     from lightning_gr.data import Task, TaskDataModule
     from lightning_gr.embeddings.dynamic import DynamicTables
     from lightning_gr.models import DLRM, MetaRankingModule
     from lightning_gr.plugins import SequenceBalancedStrategy
-    from meta_model import TextbookModule
 
     world_size, calls, sent = dist.get_world_size(), [0], [0.0]
     clock: list[tuple[float, int, float]] = []
@@ -259,3 +282,99 @@ def train(path: str, form: str, size: Size, steps: int, share: tuple[int, int] |
         parameters = sum(x.numel() * x.element_size() for x in module.parameters() if x.requires_grad)
         steps_3 = steps_3 + np.array([0, 1, parameters * 2 * (world_size - 1) / world_size])
     return {"steps": steps_3, "losses": losses}
+
+
+# ---- what is compared ------------------------------------------------------------------------------------------------
+
+
+def measure(path: str, name: str, size: Size, steps: int, repeats: int) -> dict[str, list[dict[str, Any]]]:
+    """By form and repeat, what a step took and sent on average; `alone` are two processes with a training each."""
+    cores = cores_of_two()
+    together, alone = World(cores, train), [World([core], train) for core in cores]
+    found: dict[str, list[dict[str, Any]]] = {form: [] for form in ("alone", *FORMS[name])}
+    for repeat in range(repeats):
+        for form, kept in found.items():
+            if form == "alone":
+                for place, world in enumerate(alone):
+                    world.start(path, "ours", size, steps, (place, 2))
+                runs = [run for world in alone for run in world.results()]
+            else:
+                runs = together.train(path, form, size, steps)
+            steps_S3 = np.mean([run["steps"] for run in runs], axis=0)
+            seconds, exchanges, sent = np.median(steps_S3[:, 0]), *steps_S3[:, 1:].mean(0)
+            losses = np.mean([run["losses"] for run in runs], axis=0)
+            kept.append({"seconds": seconds, "exchanges": exchanges, "sent": sent, "losses": losses})
+            if form not in ("alone", "ours") and not repeat:
+                np.testing.assert_allclose(losses, found["ours"][0]["losses"], rtol=1e-4, err_msg=f"{name} {form}")
+    for world in (together, *alone):
+        world.close()
+    return found
+
+
+def ratios(found: dict[str, list[dict[str, Any]]], form: str, over: str) -> list[float]:
+    """Of each repeat, a step of one form over one of another."""
+    return [a["seconds"] / b["seconds"] for a, b in zip(found[form], found[over], strict=True)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--steps", type=int, default=16, help="that are timed of each training of size rows; half as many of the other"
+    )
+    parser.add_argument("--quick", action="store_true", help="few steps, to see that it runs; nothing is kept")
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    args = parser.parse_args()
+    repeats, steps = (1, 3) if args.quick else (args.repeats, args.steps)
+    os.environ |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    from lightning_gr.cli.compare_statistics import interval
+
+    print(f"{device()}; commit {commit()}; torch {torch.__version__}; gloo, a core each")
+    result: dict[str, Any] = {"repeats": repeats, "steps": steps}
+
+    def keep(name: str, found: list[float]) -> None:
+        taken = interval(found)
+        result[name], result[f"{name}_half_width"] = round(taken.mean, 3), round(taken.half_width or 0.0, 3)
+
+    with tempfile.TemporaryDirectory() as folder:
+        tasks = 2 * max(size.episodes for size in SIZES.values()) * (steps + WARM_UP + 1)
+        path = write_store(Path(folder), tasks)
+        for name, whole in SIZES.items():
+            size = replace(whole, episodes=2) if args.quick else whole
+            found = measure(path, name, size, steps if name == "rows" else -(-steps // 2), repeats)
+            print(f"\n{name}: {size.episodes} episodes a process, {len(FIELDS) + 1} tables {size.dim} wide")
+            print(f"{'':<20}{'ms a step':>12}{'of ours':>18}{'exchanges':>11}{'MB sent':>10}{'apart':>8}")
+            for form, runs in found.items():
+                seconds, exchanges, sent = (
+                    float(np.mean([run[x] for run in runs])) for x in ("seconds", "exchanges", "sent")
+                )
+                of_ours, apart = interval(ratios(found, form, "ours")), 1 - np.mean(ratios(found, "alone", form))
+                width = of_ours.half_width or 0.0
+                print(
+                    f"{form:<20}{seconds * 1e3:>12.1f}{of_ours.mean:>11.2f} ± {width:.2f}{exchanges:>11.0f}"
+                    f"{sent / 1e6:>10.2f}{apart:>8.2f}"
+                )
+                result |= {f"ms_{name}_{form}": round(seconds * 1e3, 2), f"apart_{name}_{form}": round(float(apart), 3)}
+                if form != "alone":
+                    result |= {
+                        f"exchanges_{name}_{form}": round(exchanges),
+                        f"sent_mb_{name}_{form}": round(sent / 1e6, 3),
+                    }
+            if name == "rows":
+                keep("speedup_meta", ratios(found, "textbook_summed", "ours"))
+                keep("weak_scaling_rows", ratios(found, "alone", "ours"))
+            else:
+                keep("speedup_meta_both", ratios(found, "textbook_summed", "ours"))
+                keep("speedup_meta_both_by_task", ratios(found, "textbook", "ours"))
+                keep("weak_scaling", ratios(found, "alone", "ours"))
+    result |= meta_io.measure(**({"tasks": 2_000, "repeats": 1} if args.quick else {}))
+    print()
+    for name, goal in GOALS.items():
+        print(f"{name:<20}{result[name]:>8}   goal {goal}")
+    result |= {f"goal_{name}": goal for name, goal in GOALS.items()}
+    if not args.quick:
+        publish("meta", result, as_json=args.json)
+
+
+if __name__ == "__main__":
+    main()

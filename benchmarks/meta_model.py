@@ -6,6 +6,7 @@ Shape suffixes: V values of all features together, U distinct keys, R rows of gr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -61,9 +62,10 @@ class TextbookModule(MetaRankingModule):
         batch.sides = [take(batch, places).features for places in sides]
         batch.from_sides = _order(batch.features, sides)
         batch.tasks = []
+        plain = SequenceBatch(**{x.name: getattr(batch, x.name) for x in fields(SequenceBatch) if x.init})
         for episode in batch.sample_ids_B.unique(sorted=True).tolist() if self.by_task else ():
             places = (batch.sample_ids_B == episode).nonzero()[:, 0]
-            own = super().on_before_batch_transfer(take(batch, places), dataloader_idx)
+            own = super().on_before_batch_transfer(take(plain, places), dataloader_idx)
             own.from_whole = _order(batch.features, [places])
             batch.tasks.append(own)
         return batch

@@ -14,7 +14,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_only, rank_zero_warn
 from typing_extensions import override
 
-_TEST = "test/"
+_VALIDATE = "validate/"
+_APART = ("test/", _VALIDATE)
 _NO_METRICS = ("step", "epoch")
 
 
@@ -23,8 +24,9 @@ class ResumableCSVLogger(CSVLogger):
 
     Lightning's own deletes the file of its folder wherever one of a fixed version is used again. Here `validate`,
     `test` and `predict` add rows; so does a `fit` that resumes from a checkpoint, in the place of the rows from the
-    step on with which it begins to log, for these steps are trained again. Rows of tests stay. A `fit` that begins anew
-    replaces the file, and says so.
+    step on with which it begins to log, for these steps are trained again. Rows of `validate` and `test` stay. A `fit`
+    that begins anew replaces the file, and says so. A `validate` by itself, which knows no step of training, logs
+    ``val/loss`` as ``validate/loss``: under its own name it would be a point of the training's curve, at step 0.
 
     Args:
         save_dir: folder of all runs.
@@ -44,7 +46,7 @@ class ResumableCSVLogger(CSVLogger):
     ) -> None:
         super().__init__(save_dir, name, version, prefix, flush_logs_every_n_steps)
         self._fit: pl.Trainer | None = None
-        self._goes_on = False
+        self._goes_on = self._validates = False
 
     @property
     @override
@@ -71,6 +73,7 @@ class ResumableCSVLogger(CSVLogger):
         trainer = model.trainer
         self._fit = trainer if trainer.state.fn == TrainerFn.FITTING else None
         self._goes_on = trainer.global_step > 0  # the same Trainer's second fit; a checkpoint is not read by now
+        self._validates = trainer.state.fn == TrainerFn.VALIDATING and not self._goes_on
 
     @override
     @rank_zero_only
@@ -79,6 +82,9 @@ class ResumableCSVLogger(CSVLogger):
             goes_on = self._goes_on or self._fit.ckpt_path is not None
             self._fit = None
             self.experiment.begin(step if goes_on else None)
+        if self._validates:
+            own = {x: x if x in _NO_METRICS else _VALIDATE + x.removeprefix("val/") for x in metrics}
+            metrics = {own[name]: value for name, value in metrics.items()}
         super().log_metrics(metrics, step)
 
 
@@ -116,7 +122,7 @@ class _KeepingWriter(ExperimentWriter):
             return keys, [row for row in reader if None not in row and None not in row.values()]
 
     def begin(self, step: int | None) -> None:
-        """Removes the rows from this step on, but those of tests; with None the whole file.
+        """Removes the rows from this step on, but those of `test` and `validate`; with None the whole file.
 
         Args:
             step: of the first row that a resumed training logs.
@@ -146,6 +152,6 @@ def _stays(row: dict[str, Any], step: int) -> bool:
     """Whether training from this step on does not log the row again; a torn row cannot be told and goes."""
     names = [name for name, value in row.items() if value and name not in _NO_METRICS]
     try:
-        return int(row["step"]) < step or all(name.startswith(_TEST) for name in names)
+        return int(row["step"]) < step or all(name.startswith(_APART) for name in names)
     except (KeyError, TypeError, ValueError):
         return False

@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,8 @@ def _become(asked: dict[str, Any], files: list[int], interpreter: str, ours: lis
         os.fdopen(os.dup(number), "w" if number else "r", buffering=1) for number in range(3)
     )
     sys.executable = interpreter
+    # A command that wants a server to fork from has the one that it comes from, which has made the imports.
+    forkserver._forkserver.ensure_running = resource_tracker.ensure_running  # type: ignore[attr-defined]
     words = asked["words"]
     kind = words[0] if words[0] in ("-m", "-c") else "script"
     sys.argv = {"-m": words[1:], "-c": ["-c", *words[2:]]}.get(kind, words)

@@ -14,7 +14,8 @@ BEST_LINK = "best.ckpt"
 def best_checkpoint(folder: str | Path | Storage, *, callback: str, mode: str) -> str | None:
     """Where the best complete checkpoint of a folder is; the newest where none was rated, None without any.
 
-    The link to it decides where there is one; behind a URL, what the newest checkpoint knows of those before it.
+    The link to it decides where the newest checkpoint's run has made it; else, and behind a URL, what the newest
+    checkpoint knows of those before it.
 
     Args:
         folder: of the checkpoints, a path or a URL.
@@ -28,14 +29,15 @@ def best_checkpoint(folder: str | Path | Storage, *, callback: str, mode: str) -
     found = {x.storage.name: x for x in complete_checkpoints(storage)}
     if not found:
         return None
-    if storage.is_link(BEST_LINK):
-        linked = os.path.basename(os.path.realpath(storage.path_of(BEST_LINK)))
-        if linked in found:
-            return found[linked].storage.location
     newest = next(iter(found.values()))
     saved = newest.meta().get("callbacks", {}).get(callback, {}).get("saved", {})
-    rated = {os.path.basename(path): score for path, score in saved.items() if score is not None}
-    rated = {name: score for name, score in rated.items() if name in found}
+    known = {os.path.basename(path): score for path, score in saved.items()}
+    if storage.is_link(BEST_LINK):
+        linked = os.path.basename(os.path.realpath(storage.path_of(BEST_LINK)))
+        # One that a run knows nothing of is that of a run before it in the same folder.
+        if linked in found and (not known or linked in known or linked == newest.storage.name):
+            return found[linked].storage.location
+    rated = {name: score for name, score in known.items() if score is not None and name in found}
     if not rated:
         return newest.storage.location
     return found[(min if mode == "min" else max)(rated, key=lambda name: rated[name])].storage.location

@@ -205,7 +205,7 @@ def _next_step(fields: Sequence[Field], *, tasks: bool) -> str:
     from lightning_gr.data.event_store.fields import EXPOSED
 
     labels, names = {field.name for field in fields if field.kind == "label"}, {field.name for field in fields}
-    known = [x for x in _OF_TASKS if x in recipes.ls()] if tasks else _OF_EXPOSURES
+    known = _OF_TASKS if tasks else _OF_EXPOSURES
     for name in known:
         data = yaml.safe_load(recipes.path(name).read_text(encoding="utf-8"))["data"]["init_args"]
         wanted = {task["field"] for task in data["tasks"].values()}

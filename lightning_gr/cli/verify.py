@@ -92,7 +92,7 @@ def _parse(words: list[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _expectation(recipe: Contender) -> tuple[Header, list[str]]:
-    """By what the recipe is judged, and what is to be said of that: the last overlay's figures, else the recipe's own."""
+    """The header that judges: the last overlay's with figures, else the recipe's own; and what is to be said of it."""
     for file in reversed(recipe.files[1:]):
         with contextlib.suppress(ValueError):  # the head of an overlay need not be one
             if (header := read_header(file)).expected:

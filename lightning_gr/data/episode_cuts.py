@@ -259,15 +259,21 @@ class EpisodeCuts(SampleCuts):
         sequences = len(self.shots_Q)
         history = np.repeat(np.minimum(first, self._settings.history), sequences)
         candidates = (end - begin).ravel()
-        at_X = interleaved(np.repeat(first, sequences) - history, history, begin.ravel(), candidates)
+        counts = np.stack([history, np.zeros_like(history), candidates], 1).astype(np.int64)
+        starts_B = rows.offsets[places_B]
+        in_store = not self._random and not self.counts.topped_up_tasks
+        shift_B = starts_B if in_store else np.zeros_like(starts_B)
+        past = np.repeat(first + shift_B, sequences) - history
+        at_X = interleaved(past, history, (begin + shift_B[:, None]).ravel(), candidates)
+        if in_store:
+            return SampleEvents(at_X, counts)
         sequence_X = np.repeat(np.arange(len(candidates)), history + candidates)
-        task_X = (sample_ids % self._num_rows)[sequence_X // sequences]
+        episode_X = sequence_X // sequences
+        task_X = (sample_ids % self._num_rows)[episode_X]
         lengths_X = self._lengths[task_X].astype(np.int64)
         at_X = at_X % lengths_X
         if self._random:
             at_X = shuffled(at_X, lengths_X, task_X, seed=self._seed)
             # Within a sequence, records are in the order of time.
             at_X = at_X[np.lexsort((at_X, sequence_X))]
-        at_X = at_X + rows.offsets[places_B][sequence_X // sequences]
-        counts = np.stack([history, np.zeros_like(history), candidates], 1).astype(np.int64)
-        return SampleEvents(at_X, counts)
+        return SampleEvents(at_X + starts_B[episode_X], counts)

@@ -52,6 +52,7 @@ class EventLog:
             `lightning_gr.data.formats.with_tasks`.
         required: those of `sparse` that each event must have.
         left_out: features of users that such a log cannot keep.
+        joined: columns that `scan` takes from other files than the log's.
         digest: changes with what `scan` takes from other files than the log's.
     """
 
@@ -72,6 +73,7 @@ class EventLog:
     tasks: str | None = None
     required: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    joined: int = 0
     digest: Callable[[], str] | None = None
 
     @property

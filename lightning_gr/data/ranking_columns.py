@@ -183,8 +183,11 @@ class RankingColumns:
         ids, dense = self._ids(tokens, rows), self._numbers(tokens, rows)
         fields_X = {name: rows.event_fields[name][at_X] for name in self._label_fields}
         labels_X = {name: task.of(fields_X) for name, task in self._tasks.items()}
-        action_XW = self._actions(fields_X, labels_X)
-        action_XW[is_candidate_X] = 0.0
+        action_XW = np.zeros((len(at_X), 2 * len(labels_X) + len(fields_X)))
+        past = np.flatnonzero(~is_candidate_X)
+        if len(past):
+            of_past = [{name: values[past] for name, values in x.items()} for x in (fields_X, labels_X)]
+            action_XW[past] = self._actions(*of_past)
         of_dense = {"numbers": [dense["event"]], "actions": [action_XW, dense["history"]]}
         if self.features.candidate_width:
             of_dense["cross"] = [dense["candidate"]]
@@ -254,7 +257,8 @@ class RankingColumns:
             parts = [self._items.numbers[group][tokens.items_X]]
             for name in self._dense_of_events(group):
                 values = rows.event_fields[name][tokens.at_X]
-                parts.append((values if self._configured else np.nan_to_num(values))[:, None])
+                whole = self._configured or np.isfinite(values).all()
+                parts.append((values if whole else np.nan_to_num(values))[:, None])
             found[group] = np.concatenate(parts, 1)
             if group != "event":
                 found[group][tokens.is_candidate_X == (group == "history")] = 0.0

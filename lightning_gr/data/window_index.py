@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -30,6 +31,8 @@ Array = np.ndarray[Any, Any]
 AnyPart = Part | Literal["unlabelled"]
 log = logging.getLogger(__name__)
 _VERSION = 2
+_unkept: WeakKeyDictionary[EventStore, dict[Path, WindowIndex]] = WeakKeyDictionary()
+"""Indices of open stores that cannot be written to."""
 _ARRAYS = ("starts_U1", "places_S6", "counts_S3", "labels_SK", "passed_3")
 
 
@@ -140,7 +143,7 @@ def window_index(store: EventStore, settings: WindowSettings, part: AnyPart, *, 
     """The index of a part; made and kept with the store where it is not there yet.
 
     Training, validation and test are found in one pass, so that what is wrong with any of them is said at once. Where
-    the store cannot be written to, the index stays in memory.
+    the store cannot be written to, the indices stay in memory as long as the store is open.
 
     Raises:
         ValueError: the store has an event that cannot be used; the message says which.
@@ -148,6 +151,9 @@ def window_index(store: EventStore, settings: WindowSettings, part: AnyPart, *, 
     folder = index_folder(store, settings, part, requests=requests)
     if folder.is_dir():
         return WindowIndex.load(folder)
+    unkept = _unkept.setdefault(store, {})
+    if folder in unkept:
+        return unkept[folder]
     parts: tuple[AnyPart, ...] = (part,) if requests else ("train", "val", "test")
     found = find_windows(store, settings, parts, requests=requests)
     for each, index in found.items():
@@ -158,6 +164,7 @@ def window_index(store: EventStore, settings: WindowSettings, part: AnyPart, *, 
             found[each] = WindowIndex.load(kept)
         except OSError as error:
             log.info("%s: the index of samples stays in memory, since it cannot be kept there (%s)", kept, error)
+            unkept[kept] = index
     return found[part]
 
 

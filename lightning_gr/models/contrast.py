@@ -153,21 +153,25 @@ class Contrast:
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
 
-    def begin(self, *, seed: int, accumulates: bool, num_items: int | None, labels: int | None, dim: int) -> None:
+    def begin(
+        self, *, seed: int, accumulates: bool, num_items: int | None, labels: int | None, ranks: int, dim: int
+    ) -> None:
         """Takes the run's seed, says which settings depend on how a batch is cut, and looks at the host's memory.
 
         Args:
             seed: from which negatives are drawn, the same on every rank.
             accumulates: whether an optimiser step is made of several batches.
             num_items: items of the corpus; None where nothing says which there are.
-            labels: labels that a rank may have in a batch; None where nothing says how many.
+            labels: labels that a rank may have in a batch: an even share and a sequence more, but no more than the
+                share of one of the host's ranks; None where nothing says how many.
+            ranks: processes of this host.
             dim: width of the rows.
 
         Raises:
             MisconfigurationException: the rows of a batch do not fit into the host's memory.
         """
         if num_items is not None and labels is not None:
-            self.refuse_without_memory(num_items=num_items, labels=labels, dim=dim)
+            self.refuse_without_memory(num_items=num_items, labels=labels, ranks=ranks, dim=dim)
         self.seed = seed
         of_batch = {f"negatives of scope {self.scope}": self.scope is not None, "logit_sharing": self.sharing > 1}
         for name, is_set in of_batch.items():
@@ -177,12 +181,13 @@ class Contrast:
                     "step, so that losses depend on how many there are (accumulate_grad_batches, tokens_per_rank)"
                 )
 
-    def refuse_without_memory(self, *, num_items: int, labels: int, dim: int) -> None:
+    def refuse_without_memory(self, *, num_items: int, labels: int, ranks: int, dim: int) -> None:
         """Refuses to keep rows in host memory that has no room for those of a batch.
 
         Args:
             num_items: items of the corpus.
             labels: labels that a rank may have in a batch.
+            ranks: processes of this host, which share its memory.
             dim: width of the rows.
 
         Raises:
@@ -194,7 +199,9 @@ class Contrast:
         rows = min(num_items, labels * (num_drawn + (not self.targets_apart)))
         of_segment = min(rows, self.offload.segment * (1 + num_drawn * self.sharing))
         try:
-            self.offload.refuse_without_memory(rows, dim, dtype=self.dtype or torch.float32, segment_rows=of_segment)
+            self.offload.refuse_without_memory(
+                rows, dim, dtype=self.dtype or torch.float32, segment_rows=of_segment, ranks=ranks
+            )
         except ValueError as error:
             raise MisconfigurationException(str(error)) from error
 

@@ -82,7 +82,7 @@ def with_gradient(value: Tensor, gradients: Mapping[str, Tensor], tensors: Value
 
 
 class Scored(nn.Module):
-    """A network and its heads as one module, so that `torch.func.functional_call` can give both other parameters.
+    """A network and its heads as one module, so that both can be given other parameters.
 
     Args:
         network: of the model; its parameters are named ``network.*``.
@@ -93,6 +93,15 @@ class Scored(nn.Module):
     def __init__(self, network: nn.Module, heads: nn.Module, score: Callable[..., dict[str, Tensor]]) -> None:
         super().__init__()
         self.network, self.heads, self._score = network, heads, score
+        # Looking for parameters of two names takes a tenth of a step, so it is done where there are some.
+        self._tied = sum(1 for _ in self.named_parameters(remove_duplicate=False)) > sum(1 for _ in self.parameters())
+
+    def with_parameters(self, values: Values, embedded: Values, batch: Any) -> dict[str, Tensor]:
+        """Logits with other parameters, by name; those without a value are the module's own."""
+        logits: dict[str, Tensor] = torch.func.functional_call(
+            self, dict(values), (embedded, batch), tie_weights=self._tied
+        )
+        return logits
 
     @override
     def forward(self, embedded: Values, batch: Any) -> dict[str, Tensor]:

@@ -271,8 +271,7 @@ class MetaRankingModule(RankingModule):
             for feature in features
         }
         dense = {name: value for name, value in values.items() if not name.startswith(ROWS)}
-        logits: dict[str, Tensor] = torch.func.functional_call(scored, dense, (embedded, part.batch))
-        return logits
+        return scored.with_parameters(dense, embedded, part.batch)
 
     def _values(self, dense: dict[str, Tensor], rows: Mapping[str, Tensor], group: EpisodeGroup) -> dict[str, Tensor]:
         """Dense parameters, and a group's rows of each table as copies, ``tables.<table>``."""
@@ -419,9 +418,7 @@ class MetaRankingModule(RankingModule):
                 f"shots={shots}: the batches have supports of {sorted(batch.groups)}; give the data the same shots"
             )
         rows, scored, logits = self._rows(embedded), self._scored(), []
-        # Autocast keeps what it made of parameters in inference mode, which cannot enter a graph: copies are new to it.
-        with torch.inference_mode(False):
-            dense = {name: x.detach().requires_grad_(x.requires_grad) for name, x in scored.named_parameters()}
+        dense: dict[str, Tensor] = dict(scored.named_parameters())
         for group in batch.groups[shots]:
             # Evaluation runs in inference mode, of which no tensor may enter a graph: indexing makes new ones.
             with torch.inference_mode(False), torch.enable_grad():

@@ -212,13 +212,15 @@ class RetrievalModule(pl.LightningModule):
 
     @override
     def on_fit_start(self) -> None:
-        tokens = getattr(getattr(self.trainer, "datamodule", None), "global_tokens", None)
+        data, of_host = getattr(self.trainer, "datamodule", None), self.trainer.num_devices
+        tokens, longest = getattr(data, "global_tokens", None), getattr(data, "max_length", None) or 0
         self.contrast.begin(
             # Not each rank's own, which a user may have set differently.
             seed=int(self.trainer.strategy.broadcast(torch.initial_seed())),
             accumulates=self.trainer.accumulate_grad_batches > 1,
             num_items=self.num_items,
-            labels=None if tokens is None else -(-tokens // self.trainer.world_size),
+            labels=tokens and min(-(-tokens // self.trainer.world_size) + longest, -(-tokens // of_host)),
+            ranks=of_host,
             dim=int(self.encoder.dim),  # type: ignore[arg-type]
         )
 

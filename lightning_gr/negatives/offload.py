@@ -37,6 +37,7 @@ class Offload:
         dtype: torch.dtype = torch.float32,
         segment_rows: int = 0,
         pinned: bool = False,
+        ranks: int = 1,
         available: int | None = None,
     ) -> None:
         """Checks that the rows of a batch fit into the host's memory, before any is copied.
@@ -47,6 +48,7 @@ class Offload:
             dtype: in which they wait.
             segment_rows: rows of the largest segment, which passes through two buffers.
             pinned: whether the memory is pinned: torch keeps such for the next step, so only growth is asked for.
+            ranks: processes of this host that will each ask for as much.
             available: bytes that are left; None asks the system and the process's control groups.
 
         Raises:
@@ -58,15 +60,16 @@ class Offload:
             1 << (each * row - 1).bit_length() if pinned and each else each * row
             for each in (num_rows, segment_rows, segment_rows)
         )
-        grows = needed - self._pinned if pinned else needed
+        grows = ranks * (needed - self._pinned if pinned else needed)
         if grows <= 0:
             return
         left = available_host_memory() if available is None else available
         if grows > left:
+            of_host = f", in each of {ranks} processes of this host," if ranks > 1 else ""
             raise ValueError(
-                f"negatives_offload: {num_rows:,} rows of {dim} {dtype} and two segments of {segment_rows:,} need "
-                f"{grows:,} bytes of host memory, and {left:,} are left; draw fewer negatives, take smaller batches or "
-                "negatives_dtype float16, or leave negatives_offload out"
+                f"negatives_offload: {num_rows:,} rows of {dim} {dtype} and two segments of {segment_rows:,}{of_host} "
+                f"need {grows:,} bytes of host memory, and {left:,} are left; draw fewer negatives, take smaller "
+                "batches or negatives_dtype float16, or leave negatives_offload out"
             )
         if pinned:
             self._pinned = needed

@@ -155,7 +155,9 @@ def _learning(runs: Sequence[Run], names: Iterator[str]) -> Iterator[Card]:
     ours.sort(key=lambda name: (not re.fullmatch(r"(train[/_])?loss", name), not name.startswith("val")))
     for name in ours:
         yield _curve(runs, name, next(names))
-    validated = next((x for x in ours if x.startswith("val") and not less_is_better(x)), None)
+    validated = next(
+        (x for x in ours if x.startswith("val") and not x.startswith("validate/") and not less_is_better(x)), None
+    )
     timed = [x for x in runs if validated in x.series and any(map(math.isfinite, x.series[validated].seconds))]
     if validated is not None and len(timed) > 1:
         yield _curve(runs, validated, next(names), over_time=True)

@@ -100,7 +100,9 @@ def headline(run: Run) -> list[_Fact]:
 def best_of(run: Run) -> tuple[str, float, int] | None:
     """Name, best value and its step of the metric that checkpoints go by, else of the first of validation."""
     monitor = run.facts.get("monitor") or {}
-    validated = [x for x in run.series if x.startswith("val") and run.series[x].finite]
+    validated = [
+        x for x in run.series if x.startswith("val") and not x.startswith("validate/") and run.series[x].finite
+    ]
     validated.sort(key=less_is_better)
     name = monitor.get("name") if monitor.get("name") in run.series else next(iter(validated), None)
     if name is None or not run.series[name].finite:

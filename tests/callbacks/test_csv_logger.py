@@ -105,6 +105,21 @@ def test_steps_that_are_trained_again_are_there_once(tmp_path: Path) -> None:
     assert column(tmp_path, "test/HR@10") == {0: 0.25}
 
 
+def test_a_validation_by_itself_is_no_point_of_the_trainings_curve(tmp_path: Path) -> None:
+    fit(tmp_path, 8)
+    before = column(tmp_path, "val/loss")
+    trainer(tmp_path).validate(Model(), loader(), verbose=False, ckpt_path=str(tmp_path / "saved" / "step=4.ckpt"))
+    assert column(tmp_path, "val/loss") == before
+    assert list(column(tmp_path, "validate/loss")) == [0]
+    fit(tmp_path, 12, ckpt_path=str(tmp_path / "saved" / "step=8.ckpt"))
+    assert list(column(tmp_path, "validate/loss")) == [0]
+    assert read_run(tmp_path / "run" / "csv").series["val/loss"].steps == list(before)
+    both = trainer(tmp_path, steps=3)
+    both.fit(Model(), loader())
+    both.validate(Model(), loader(), verbose=False)
+    assert list(column(tmp_path, "val/loss")) == [3], "whose step is known"
+
+
 def test_a_test_behind_its_training_stays(tmp_path: Path) -> None:
     both = trainer(tmp_path, steps=8)
     both.fit(Model(), loader(), loader())

@@ -340,6 +340,25 @@ def test_the_best_is_found_by_a_process_that_has_not_trained(gloo: Any, tmp_path
     assert gloo(1).run(run_best_afresh, str(tmp_path / "max"), "max") == [["step=4.ckpt"] * 2]
 
 
+def run_best_of_the_second(folder: str, rates: bool) -> tuple[str, str]:
+    """Where the link of a first run points to, and what is the best after another one in its folder."""
+    from lightning_gr.callbacks.resume_checkpoint import ResumeCheckpoint
+    from lightning_gr.checkpoint.best import best_checkpoint
+
+    rated = {"save": {"every_n_steps": 2, "monitor": "val/score"}, "limit_val_batches": 1.0, "val_check_interval": 2}
+    fit(folder, **rated)
+    linked = Path(folder, "best.ckpt").resolve().name
+    asked = rated if rates else {"save": {"every_n_steps": 5}}
+    fit(folder, max_steps=15, **asked)
+    found = best_checkpoint(folder, callback=ResumeCheckpoint.__qualname__, mode="min")
+    return linked, Path(str(found)).name
+
+
+def test_a_run_that_rates_nothing_has_not_the_best_of_the_run_before_it(gloo: Any, tmp_path: Path) -> None:
+    assert gloo(1).run(run_best_of_the_second, str(tmp_path / "not"), False) == [("step=6.ckpt", "step=15.ckpt")]
+    assert gloo(1).run(run_best_of_the_second, str(tmp_path / "too"), True)[0][1] != "step=15.ckpt"
+
+
 def test_before_training_there_is_no_best_in_an_empty_folder(tmp_path: Path) -> None:
     from lightning_gr.callbacks.resume_checkpoint import ResumeCheckpoint
 

@@ -23,8 +23,8 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Sequence_:
-    """A sequence of a batch, taken apart again."""
+class Taken:
+    """A sequence, taken out of a batch again: items of its history and candidates, and the labels by item."""
 
     sample: int
     shots: int
@@ -73,7 +73,7 @@ def write_tasks(folder: Path, tasks: list[list[Record]], *, group: int = 3, time
     return EventStore(folder / "store")
 
 
-def sequences_of(batch: SequenceBatch, *, label: str = "click") -> list[Sequence_]:
+def sequences_of(batch: SequenceBatch, *, label: str = "click") -> list[Taken]:
     """The sequences of a batch but padding, with the raw items of their tokens."""
     assert batch.shots_B is not None
     by_feature = {name: batch.features[name] for name in batch.features.keys()}  # noqa: SIM118 - no dict
@@ -95,7 +95,7 @@ def sequences_of(batch: SequenceBatch, *, label: str = "click") -> list[Sequence
             if tokens[b] <= at < tokens[b + 1]
         ]
         found.append(
-            Sequence_(
+            Taken(
                 sample=sample,
                 shots=shots,
                 tasks=tuple(by_feature["user_id"].to_dense()[b].tolist()),

@@ -16,12 +16,12 @@ from lightning_gr.data import ByUser, EventStore, Task
 from lightning_gr.data.episode_cuts import EpisodeSettings
 from lightning_gr.data.splits import Part
 from lightning_gr.data.task_source import TaskSource
-from tests.data.task_stores import Record, Sequence_, make_records, sequences_of, write_tasks
+from tests.data.task_stores import Record, Taken, make_records, sequences_of, write_tasks
 
 LENGTHS = st.lists(st.integers(1, 23), min_size=1, max_size=8)
 CLICK = {"click": Task("click")}
 ALL_TRAIN, ALL_VAL = ByUser(val=0.0, test=0.0), ByUser(val=1 - 1e-12, test=0.0)
-Episode = dict[int, Sequence_]
+Episode = dict[int, Taken]
 
 
 def make_source(store: EventStore, part: Part = "train", *, split: ByUser | None = None, **settings: Any) -> TaskSource:
@@ -153,7 +153,8 @@ def test_a_random_order_is_another_one_by_task_and_by_seed_and_the_same_again(tm
     store = write_tasks(tmp_path, tasks)
 
     def supports(seed: int, part: Part = "train") -> list[list[int]]:
-        split = replace_seed(ALL_TRAIN if part == "train" else ALL_VAL, seed)
+        whole = ALL_TRAIN if part == "train" else ALL_VAL
+        split = ByUser(val=whole.val, test=whole.test, seed=seed)
         found = episodes_of(make_source(store, part, split=split, order="random"))
         first = [found[row][10] for row in range(3)]
         return [[item - 40 * row for item in support.candidates] for row, support in enumerate(first)]
@@ -161,10 +162,6 @@ def test_a_random_order_is_another_one_by_task_and_by_seed_and_the_same_again(tm
     assert supports(0) == supports(0) == supports(0, "val")
     assert len({tuple(x) for x in supports(0) + supports(1)}) == 6
     assert all(x != list(range(10)) for x in supports(0))
-
-
-def replace_seed(split: ByUser, seed: int) -> ByUser:
-    return ByUser(val=split.val, test=split.test, seed=seed)
 
 
 def test_history_is_what_was_before_the_episode(tmp_path: Path) -> None:

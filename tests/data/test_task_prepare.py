@@ -1,4 +1,4 @@
-"""prepare --tasks: records grouped by any column, against a group-by of plain dictionaries; and what cannot be grouped."""
+"""prepare --tasks: records grouped by any column, against a group-by of dictionaries; what cannot be grouped."""
 
 from __future__ import annotations
 

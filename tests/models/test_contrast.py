@@ -48,7 +48,7 @@ def test_settings_that_cannot_work_are_named(changes: dict[str, Any], message: s
         RetrievalModule(encoder=Encoder(), **({"loss": "sampled_softmax"} | changes))
 
 
-def started(datamodule: Any = None, *, accumulate: int = 1, **changes: Any) -> RetrievalModule:
+def started(datamodule: Any = None, *, accumulate: int = 1, ranks_of_host: int = 2, **changes: Any) -> RetrievalModule:
     module = RetrievalModule(
         encoder=Encoder(), **({"loss": "sampled_softmax", "num_items": ITEMS, "top_k": [1]} | changes)
     )
@@ -56,6 +56,7 @@ def started(datamodule: Any = None, *, accumulate: int = 1, **changes: Any) -> R
         datamodule=datamodule,
         enable_validation=False,
         world_size=2,
+        num_devices=ranks_of_host,
         accumulate_grad_batches=accumulate,
         strategy=SimpleNamespace(broadcast=lambda seed: seed + 1),  # of a rank with another seed than this one's
     )
@@ -87,8 +88,15 @@ def test_offload_without_host_memory_for_it_is_refused_at_start(monkeypatch: pyt
     data = SimpleNamespace(num_items=1000, global_tokens=20)
     asked = {"datamodule": data, "num_items": 5000, "num_negatives": 100, "negatives_offload": Offload(segment=1)}
     monkeypatch.setattr("lightning_gr.negatives.offload.available_host_memory", lambda: 10_000)
-    with pytest.raises(MisconfigurationException, match=r"^negatives_offload: 1,010 rows of 6 .* 10,000 are left"):
+    with pytest.raises(
+        MisconfigurationException, match=r"^negatives_offload: 1,010 rows of 6 .* 10,000 are left"
+    ) as error:
         started(**asked)
+    assert "in each of 2 processes of this host, need 58,176 bytes" in str(error.value)  # 2 x (1,010 + 2 x 101) x 24
+    data.max_length = 7
+    # A rank that has a host of its own may exceed its half by a sequence.
+    with pytest.raises(MisconfigurationException, match=r"^negatives_offload: 1,717 rows of 6 .* need 46,056 bytes"):
+        started(**asked, ranks_of_host=1)
     monkeypatch.setattr("lightning_gr.negatives.offload.available_host_memory", lambda: 1_000_000)
     started(**asked)
 

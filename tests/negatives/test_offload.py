@@ -23,6 +23,12 @@ def test_what_is_needed_is_the_rows_and_two_segments_to_the_byte() -> None:
             Offload().refuse_without_memory(100, 8, dtype=dtype, segment_rows=30, available=needed - 1)
 
 
+def test_processes_of_a_host_ask_for_its_memory_together() -> None:
+    Offload().refuse_without_memory(10, 8, ranks=3, available=960)
+    with pytest.raises(ValueError, match=r", in each of 3 processes of this host, need 960 bytes .* 959 are left"):
+        Offload().refuse_without_memory(10, 8, ranks=3, available=959)
+
+
 def test_more_than_the_machine_has_is_refused_without_being_told_how_much_that_is() -> None:
     Offload().refuse_without_memory(1, 1)
     with pytest.raises(ValueError, match=r"^negatives_offload: "):

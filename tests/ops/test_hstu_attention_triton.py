@@ -21,6 +21,7 @@ from lightning_gr.ops.hstu_attention import hstu_attention
 from lightning_gr.ops.hstu_attention.reference import hstu_attention_reference
 from lightning_gr.ops.interval_mask import IntervalMask
 from lightning_gr.ops.jagged import JaggedLayout
+from tests.more import more
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 NAMES = ("out", "q", "k", "v", "scale", "position table", "time table")
@@ -47,9 +48,10 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.mark.skipif(INTERPRETED or importlib.util.find_spec("triton") is None, reason="needs triton")
-def test_interpreted() -> None:
+@pytest.mark.parametrize("which", ["not gpu and not slow and not long", *more("not gpu and long")])
+def test_interpreted(which: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-m", "not gpu and not slow", "-p", "no:cacheprovider", __file__],
+        [sys.executable, "-m", "pytest", "-q", "-m", which, "-p", "no:cacheprovider", __file__],
         env=os.environ | {"TRITON_INTERPRET": "1"},
         cwd=Path(__file__).parents[2],
         capture_output=True,
@@ -187,23 +189,27 @@ LENGTHS = (5, 0, 1, 18)
 CASES = [
     Case("causal", "silu", LENGTHS),
     Case("causal", "softmax", LENGTHS, heads=1, positions=41, scale=1.0),
-    Case("contextual", "silu", (19, 2), heads=1, positions=None, buckets=None, scale=0.3),
     Case("contextual", "softmax", (19, 2), explicit=True, heads=1),
     Case("candidates", "silu", (3, 34), heads=1, widths=(16, 3), positions=1, buckets=None),
-    Case("candidates", "softmax", (3, 18), heads=1, widths=(1, 17), positions=None),
     Case("dynamic", "silu", (18, 0, 3), heads=1, dtype=torch.float16, seconds=60),
-    Case("dynamic", "softmax", (18, 0, 3), heads=1, dtype=torch.float16),
     Case("semi_local", "silu", (70,), heads=1, positions=33, buckets=3),
-    Case("arbitrary", "silu", (3, 0, 21, 4), (20, 3, 0, 35), explicit=True),
     Case("arbitrary", "softmax", (3, 0, 21, 4), (20, 3, 18, 0), heads=1, positions=5),
     Case("causal", "silu", ()),
     Case("causal", "softmax", (0, 0)),
     Case("arbitrary", "silu", (0, 0), (3, 0)),
     Case("arbitrary", "softmax", (0, 3), (3, 0)),
 ]
+MORE = [
+    Case("contextual", "silu", (19, 2), heads=1, positions=None, buckets=None, scale=0.3),
+    Case("candidates", "softmax", (3, 18), heads=1, widths=(1, 17), positions=None),
+    Case("dynamic", "softmax", (18, 0, 3), heads=1, dtype=torch.float16),
+    Case("arbitrary", "silu", (3, 0, 21, 4), (20, 3, 0, 35), explicit=True),
+]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda x: f"{x.kind}-{x.activation}-{'-'.join(map(str, x.lengths))}")
+@pytest.mark.parametrize(
+    "case", [*CASES, *more(*MORE)], ids=lambda x: f"{x.kind}-{x.activation}-{'-'.join(map(str, x.lengths))}"
+)
 def test_values_and_gradients_are_the_references(case: Case, device: str) -> None:
     check(case, device, 4e-3 if case.dtype == torch.float16 else 2e-5)
 

@@ -1,4 +1,4 @@
-"""Every shipped recipe takes steps, small, on generated data in the form that its header names; a new one has to, too."""
+"""Every shipped recipe takes steps, made small, on generated data in the form that its header names; new ones, too."""
 
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ class Data:
             write_exposure_log(made / "log.csv", num_users=60, num_items=40, mean_exposures=60, request_size=10)
             self._prepare(["--config", str(made / "log.prepare.yaml"), "--output", str(target)])
         else:
-            command, verb, log, output, *words = shlex.split(said[said.index("lightning-gr prepare") :].partition("(")[0])
+            line = said[said.index("lightning-gr prepare") :].partition("(")[0]
+            command, verb, log, output, *words = shlex.split(line)
             assert (command, verb, output) == ("lightning-gr", "prepare", path), name
             forms = {"KuaiRand-27K": "kuairand", "ml-latest-small": "movielens-20m", "ml-20m": "movielens-20m"}
             forms |= {"ml-1m": "movielens-1m", "ratings_Books.csv": "amazon-ratings"}
@@ -114,7 +115,11 @@ def steps(files: list[str], words: list[str], folder: str) -> list[float]:
             losses.append(float(outputs["loss"]))
 
     class Watched(GRCLI):
-        """`fit` as the command runs it."""
+        """`fit` as the command runs it, but for the copy of the settings that it leaves, which takes long."""
+
+        def before_instantiate_classes(self) -> None:
+            super().before_instantiate_classes()
+            self.save_config_callback = None
 
         def before_fit(self) -> None:
             self.trainer.callbacks.append(Losses())  # type: ignore[attr-defined]

@@ -94,9 +94,8 @@ def test_a_big_recipe_has_the_papers_size_and_operations(name: str, store: Path)
     assert f"{counted:.2f} GFLOPs" in said or f"{counted:.1f} GFLOPs" in said
 
 
-@pytest.mark.parametrize(
-    "name", [x if x in ("mtgr/small", "grm/4g") else pytest.param(x, marks=pytest.mark.long) for x in BIG]
-)
+@pytest.mark.long  # test_every_recipe_steps does it in one process for all
+@pytest.mark.parametrize("name", BIG)
 def test_a_big_recipe_steps_with_a_small_network(name: str, store: Path, tmp_path: Path) -> None:
     logger = {"class_path": "CSVLogger", "init_args": {"save_dir": str(tmp_path), "name": "", "version": "csv"}}
     words = ["--config", name, "--config", str(SMALL), "--data.init_args.path", str(store)]

@@ -221,16 +221,9 @@ def test_a_headers_command_leaves_a_five_core_of_what_counts(name: str, stores: 
     assert Counter(found["item_id"].explode().value_counts()["count"].to_list()) == Counter(items.values())
 
 
-STEPPED = [
-    pytest.param(
-        name, marks=[] if name in ("turbogr/hstu-small", "turbogr/fuxi-long", "hstu/ml-20m") else pytest.mark.long
-    )
-    for name in [*(name_of(*each) for each in BIG), *META]
-]
-
-
 @pytest.mark.dist
-@pytest.mark.parametrize("name", STEPPED)
+@pytest.mark.long  # test_every_recipe_steps takes steps on one process
+@pytest.mark.parametrize("name", [*(name_of(*each) for each in BIG), *META])
 def test_a_recipe_steps_with_a_small_encoder(name: str, stores: Any, gloo: Callable[[int], Any]) -> None:
     path, folder = stores(name)
     found = gloo(2).run(steps, name, str(path), str(folder), [], timeout=300)

@@ -141,6 +141,8 @@ def test_the_best_of_a_run() -> None:
     assert best(None, hr=[nan]) is None
     assert less_is_better("val/NE@task")
     assert not less_is_better("val/oneness")
+    apart = {"validate/hr": Series([0], [0.9], [0.0]), "val/hr": Series([0, 1], [0.1, 0.3], [0.0, 0.0])}
+    assert best_of(Run("x", apart, {})) == ("val/hr", 0.3, 1), "a validation by itself is none of the curve"
 
 
 def test_settings_that_differ(runs: list[Run]) -> None:

@@ -76,6 +76,7 @@ def with_tasks(log: EventLog, column: str) -> EventLog:
         tasks=column,
         required=(LOG_USER,),
         left_out=tuple(of_users.lists) if of_users is not None else (),
+        joined=sum(len(table.sparse) + len(table.dense) for table in (of_users, of_items) if table is not None),
         digest=lambda: "".join(table.digest() for table in (of_users, of_items) if table is not None),
     )
 

@@ -98,7 +98,7 @@ class _Run:
         """Names the log's files as they are now, how they are read, and the settings."""
         files = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in self._log.all_files]
         columns = {name: value for name, value in vars(self._log).items() if isinstance(value, str | tuple | int)}
-        for name in ("files", "required", "left_out"):
+        for name in ("files", "required", "left_out", "joined"):
             columns.pop(name)
         what = [_VERSION, files, repr(sorted(columns.items())), self._plan(), repr(self._settings)]
         if self._log.history is not None:

@@ -68,6 +68,8 @@ class Counts:
 def num_buckets(log: EventLog, settings: PrepareSettings) -> int:
     """How many parts the users are cut into, so that each fits into memory."""
     size = sum(file.stat().st_size * _packed(file) for file in log.all_files)
+    columns = 3 + len(log.sparse) + len(log.dense) + len(log.labels)
+    size = size * columns // (columns - log.joined)
     return int(min(max(-(-size // int(settings.memory_gb * 1e9 * _RAW_SHARE)), 1), _MOST_BUCKETS))
 
 
