@@ -22,8 +22,9 @@ Forms of a step on two processes. All must have the same losses, or the benchmar
 `speedup_meta`: a step of `textbook_summed` over one of `ours`, of size `rows`; `speedup_meta_both` and
 `speedup_meta_both_by_task`: of size `both`, over `textbook_summed` and `textbook`. `exchanges` and `sent_mb`:
 collectives and bytes of a process in a step, means over processes; DDP's all-reduce, which is not called from Python,
-counts as one that sends 2 (N - 1) / N of the parameters. `apart`: the share of a step that two trainings of one process
-each with as much work, side by side, do not have: sending, waiting, and what is done for others.
+counts as one that sends 2 (N - 1) / N of the parameters; the Trainer's own are in all forms. `apart`: the share of a
+step that two trainings of one process each with as much work, side by side, do not have: sending, waiting, and what is
+done for others.
 
 `weak_scaling`: the step of those two trainings over one of `ours`, of size `both`; `weak_scaling_rows` of the other.
 
@@ -68,7 +69,7 @@ FIELDS = {
 OF_ITEM = ("author", "campaign", "brand", "topic", "category")
 HIDDEN = (256, 128)
 SUPPORT = QUERY = 10
-WARM_UP = 3
+WARM_UP, TAIL = 3, 3  # steps that are not timed; the last ones have no batch to look up ahead
 COLLECTIVES = ("all_to_all_single", "all_reduce", "all_gather", "gather", "scatter", "broadcast")
 Array = np.ndarray[Any, Any]
 
@@ -245,7 +246,7 @@ def train(path: str, form: str, size: Size, steps: int, share: tuple[int, int] |
     )
     source = data._source("train")
     of_rank = (dist.get_rank(), world_size) if share is None else share
-    batches = batches_of(source, size, steps + WARM_UP + 1, of_rank)
+    batches = batches_of(source, size, steps + WARM_UP + TAIL, of_rank)
     if world_size == 1:
         for batch in batches:
             batch.gradient_divisor = 1.0
@@ -277,7 +278,7 @@ def train(path: str, form: str, size: Size, steps: int, share: tuple[int, int] |
     )
     with counted(calls, sent):
         trainer.fit(module, Batches(batches))
-    steps_3 = np.diff(np.array(clock), axis=0)[WARM_UP:]
+    steps_3 = np.diff(np.array(clock), axis=0)[WARM_UP : WARM_UP + steps]
     if not textbook and world_size > 1:
         parameters = sum(x.numel() * x.element_size() for x in module.parameters() if x.requires_grad)
         steps_3 = steps_3 + np.array([0, 1, parameters * 2 * (world_size - 1) / world_size])
@@ -337,7 +338,7 @@ def main() -> None:
         result[name], result[f"{name}_half_width"] = round(taken.mean, 3), round(taken.half_width or 0.0, 3)
 
     with tempfile.TemporaryDirectory() as folder:
-        tasks = 2 * max(size.episodes for size in SIZES.values()) * (steps + WARM_UP + 1)
+        tasks = 2 * max(size.episodes for size in SIZES.values()) * (steps + WARM_UP + TAIL)
         path = write_store(Path(folder), tasks)
         for name, whole in SIZES.items():
             size = replace(whole, episodes=2) if args.quick else whole
