@@ -4,29 +4,32 @@ python benchmarks/bench_meta.py [--repeats 5] [--steps 16] [--quick] [--json]
 
 Lightning's Trainer under `SequenceBalancedStrategy` trains `MetaRankingModule` over a DLRM with dynamic tables of some
 hundred thousand rows on episodes of 10 support and 10 query records, which are in memory; items by Zipf's law. Each
-process has a core of its own and one thread, processes talk by gloo, and forms take turns. Two sizes: `rows` adapts
-embedding rows, so that all episodes of a process are computed together; `both` adapts dense parameters too, episode by
-episode. Each adapts in one inner step, of first order.
+process has a core of its own and one thread, processes talk by gloo, and forms take turns. Three sizes: `rows` adapts
+embedding rows, so that the 16 episodes of a process are computed together; `rows_64` has 64 of them; `both` adapts
+dense parameters too, 16 episodes one by one. Each adapts in one inner step, of first order. The more a process
+computes in a step, the less there is to gain.
 
 Forms of a step on two processes. All must have the same losses, or the benchmark fails:
 
 - `ours`: one lookup of support and query, whose ids are sent ahead while the step before computes; each process takes
   the outer gradient of its tasks, dense parameters are all-reduced, rows get theirs by one exchange
-- `ours_no_pipeline`: the same, but no ids are sent ahead
+- `..._no_pipeline`: the same, but nothing runs ahead of the step; a process's other threads share its one core
 - `textbook_summed`: `TextbookModule`: a lookup of supports and one of queries; gradients are gathered on the first
   process, which updates dense parameters, sends them to all, and each row's gradient to where the row is. Each process
   adds up the gradients of its tasks before, as textbooks do not say, so that both forms compute the same
 - `textbook`: the same, but each task's gradients travel, as textbooks have it; of size `both` alone, since tasks that
   are computed together have no gradients of their own
 
-`speedup_meta`: a step of `textbook_summed` over one of `ours`, of size `rows`; `speedup_meta_both` and
+`speedup_meta`: a step of `textbook_summed` over one of `ours`, of size `rows`, and `..._rows_64`;
+`speedup_meta_no_pipeline`: of size `rows`, both without a pipeline; `speedup_meta_both` and
 `speedup_meta_both_by_task`: of size `both`, over `textbook_summed` and `textbook`. `exchanges` and `sent_mb`:
 collectives and bytes of a process in a step, means over processes; DDP's all-reduce, which is not called from Python,
 counts as one that sends 2 (N - 1) / N of the parameters; the Trainer's own are in all forms. `apart`: the share of a
 step that two trainings of one process each with as much work, side by side, do not have: sending, waiting, and what is
 done for others.
 
-`weak_scaling`: the step of those two trainings over one of `ours`, of size `both`; `weak_scaling_rows` of the other.
+`weak_scaling`: the step of those two trainings over one of `ours`, of size `both`; `..._rows` and `..._rows_64` of
+the others.
 
 `speedup_meta_io` and all that begins with `meta_io` and `buffer`: see meta_io.py.
 """
@@ -89,9 +92,10 @@ class Size:
     dim: int
 
 
-SIZES = {"rows": Size("embedding", 64, 32), "both": Size("both", 16, 32)}
+SIZES = {"rows": Size("embedding", 16, 32), "rows_64": Size("embedding", 64, 32), "both": Size("both", 16, 32)}
 FORMS = {
-    "rows": ("ours", "ours_no_pipeline", "textbook_summed"),
+    "rows": ("ours", "ours_no_pipeline", "textbook_summed", "textbook_summed_no_pipeline"),
+    "rows_64": ("ours", "textbook_summed"),
     "both": ("ours", "ours_no_pipeline", "textbook_summed", "textbook"),
 }
 GOALS = {"speedup_meta": 1.5, "weak_scaling": 0.9, "speedup_meta_io": 2}
@@ -265,7 +269,7 @@ def train(path: str, form: str, size: Size, steps: int, share: tuple[int, int] |
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=world_size,
-        strategy=SequenceBalancedStrategy(pipeline_depth=0 if form == "ours_no_pipeline" else 2),
+        strategy=SequenceBalancedStrategy(pipeline_depth=0 if form.endswith("_no_pipeline") else 2),
         max_epochs=1,
         limit_val_batches=0,
         num_sanity_val_steps=0,
@@ -321,7 +325,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
-        "--steps", type=int, default=16, help="that are timed of each training of size rows; half as many of the other"
+        "--steps", type=int, default=16, help="that are timed of each training; half as many of size both"
     )
     parser.add_argument("--quick", action="store_true", help="few steps, to see that it runs; nothing is kept")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
@@ -342,9 +346,9 @@ def main() -> None:
         path = write_store(Path(folder), tasks)
         for name, whole in SIZES.items():
             size = replace(whole, episodes=2) if args.quick else whole
-            found = measure(path, name, size, steps if name == "rows" else -(-steps // 2), repeats)
+            found = measure(path, name, size, -(-steps // 2) if name == "both" else steps, repeats)
             print(f"\n{name}: {size.episodes} episodes a process, {len(FIELDS) + 1} tables {size.dim} wide")
-            print(f"{'':<20}{'ms a step':>12}{'of ours':>18}{'exchanges':>11}{'MB sent':>10}{'apart':>8}")
+            print(f"{'':<28}{'ms a step':>12}{'of ours':>18}{'exchanges':>11}{'MB sent':>10}{'apart':>8}")
             for form, runs in found.items():
                 seconds, exchanges, sent = (
                     float(np.mean([run[x] for run in runs])) for x in ("seconds", "exchanges", "sent")
@@ -352,7 +356,7 @@ def main() -> None:
                 of_ours, apart = interval(ratios(found, form, "ours")), 1 - np.mean(ratios(found, "alone", form))
                 width = of_ours.half_width or 0.0
                 print(
-                    f"{form:<20}{seconds * 1e3:>12.1f}{of_ours.mean:>11.2f} ± {width:.2f}{exchanges:>11.0f}"
+                    f"{form:<28}{seconds * 1e3:>12.1f}{of_ours.mean:>11.2f} ± {width:.2f}{exchanges:>11.0f}"
                     f"{sent / 1e6:>10.2f}{apart:>8.2f}"
                 )
                 result |= {f"ms_{name}_{form}": round(seconds * 1e3, 2), f"apart_{name}_{form}": round(float(apart), 3)}
@@ -363,7 +367,11 @@ def main() -> None:
                     }
             if name == "rows":
                 keep("speedup_meta", ratios(found, "textbook_summed", "ours"))
+                keep("speedup_meta_no_pipeline", ratios(found, "textbook_summed_no_pipeline", "ours_no_pipeline"))
                 keep("weak_scaling_rows", ratios(found, "alone", "ours"))
+            elif name == "rows_64":
+                keep("speedup_meta_rows_64", ratios(found, "textbook_summed", "ours"))
+                keep("weak_scaling_rows_64", ratios(found, "alone", "ours"))
             else:
                 keep("speedup_meta_both", ratios(found, "textbook_summed", "ours"))
                 keep("speedup_meta_both_by_task", ratios(found, "textbook", "ours"))
