@@ -384,8 +384,9 @@ class MetaRankingModule(RankingModule):
     def _evaluate(self, split: str, batch: SequenceBatch) -> None:
         assert isinstance(batch, EpisodeBatch)
         assert self.shots is not None
+        embedded = self.embed(batch)
         for shots in self.shots:
-            logits = self.adapted_logits(batch, shots=shots)
+            logits = self.adapted_logits(batch, shots=shots, embedded=embedded)
             self._update_metrics(split, logits, batch.queries, suffix=f"@{shots}")
 
     @override
@@ -399,17 +400,20 @@ class MetaRankingModule(RankingModule):
             )
         return self._predictions(self.adapted_logits(batch, shots=shots), batch.queries)
 
-    def adapted_logits(self, batch: EpisodeBatch, *, shots: int) -> dict[str, Tensor]:
+    def adapted_logits(
+        self, batch: EpisodeBatch, *, shots: int, embedded: Mapping[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
         """By task, the logits (N,) of all candidates of the batch's queries after adaptation; no gradient.
 
         Args:
             batch: the batch.
             shots: size of the supports that are adapted to; 0 scores without.
+            embedded: what `embed` gave for the batch; None looks it up.
 
         Raises:
             MisconfigurationException: the batch has no supports of that size.
         """
-        embedded = self.embed(batch)
+        embedded = self.embed(batch) if embedded is None else embedded
         if not shots or not batch.num_samples:
             own = {name: x.index_select(0, batch.query_values_V[name]) for name, x in embedded.items()}
             return self.score(own, batch.queries)
