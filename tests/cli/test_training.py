@@ -166,7 +166,7 @@ def test_a_missing_file_and_an_unknown_recipe(fails: Callable[..., str], tmp_pat
     missing = tmp_path / "run.yaml"
     assert fails("fit", "--config", str(missing)).startswith(f"--config {missing}: no such file; ")
     assert "did you mean the recipe hstu/tiny" in fails("fit", "--config=hstu/tinny")
-    assert "there are: dlrm/exposures, dlrm/movielens, grm/110g, grm/4g, " in fails("fit", "-c", "zzz")
+    assert "there are: dlrm/exposures, dlrm/movielens, gmeta/ablations/joint, gmeta/kuairand-1k, " in fails("fit", "-c", "zzz")
     assert "is a folder" in fails("fit", "--config", str(tmp_path))
 
 
@@ -229,7 +229,8 @@ def _parse(monkeypatch: pytest.MonkeyPatch, *args: str) -> GRCLI:
 @pytest.mark.parametrize("name", recipes.ls())
 def test_every_recipe_parses_and_flags_win(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     bases = {"mtgr/ablations/": "mtgr/exposures", "turbogr/ablations/fuxi": "turbogr/fuxi-tiny"}
-    bases["turbogr/ablations/negatives"] = "hstu/amazon-beauty"
+    bases |= {"turbogr/ablations/negatives": "hstu/amazon-beauty", "gmeta/ablations/": "gmeta/movielens"}
+    bases["gmeta/with-"] = "gmeta/movielens"
     below = [word for start, base in bases.items() if name.startswith(start) for word in ("--config", base)]
     overlay = tmp_path / "overlay.yaml"
     overlay.write_text("trainer:\n  max_epochs: 17\n  max_steps: 5\n")
