@@ -166,7 +166,9 @@ def test_a_missing_file_and_an_unknown_recipe(fails: Callable[..., str], tmp_pat
     missing = tmp_path / "run.yaml"
     assert fails("fit", "--config", str(missing)).startswith(f"--config {missing}: no such file; ")
     assert "did you mean the recipe hstu/tiny" in fails("fit", "--config=hstu/tinny")
-    assert "there are: dlrm/exposures, dlrm/movielens, gmeta/ablations/joint, gmeta/kuairand-1k, " in fails("fit", "-c", "zzz")
+    assert "there are: dlrm/exposures, dlrm/movielens, gmeta/ablations/joint, gmeta/kuairand-1k, " in fails(
+        "fit", "-c", "zzz"
+    )
     assert "is a folder" in fails("fit", "--config", str(tmp_path))
 
 
