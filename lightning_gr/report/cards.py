@@ -142,6 +142,16 @@ def names_of(runs: Iterable[Run]) -> list[str]:
     return [name for name in names if not (name.endswith("_step") and name.removesuffix("_step") in names)]
 
 
+def by_shots(names: Iterable[str]) -> dict[str, list[str]]:
+    """Metrics of meta learning by what stands before ``@``, fewest shots first; no cut-off, as of HR@10, is 0."""
+    families: dict[str, list[str]] = {}
+    for name in names:
+        if match := re.fullmatch(r"(.+)@\d+", name):
+            families.setdefault(match[1], []).append(name)
+    found = {x: sorted(own, key=lambda one: int(one.rpartition("@")[2])) for x, own in families.items()}
+    return {x: own for x, own in found.items() if own[0] == f"{x}@0" and len(own) > 1}
+
+
 def less_is_better(name: str) -> bool:
     """By a metric's name: of losses and errors."""
     return _LESS_IS_BETTER.search(name) is not None
@@ -153,8 +163,13 @@ def less_is_better(name: str) -> bool:
 def _learning(runs: Sequence[Run], names: Iterator[str]) -> Iterator[Card]:
     ours = [name for name in names_of(runs) if not name.startswith("gr/")]
     ours.sort(key=lambda name: (not re.fullmatch(r"(train[/_])?loss", name), not name.startswith("val")))
+    shots = by_shots(ours)
     for name in ours:
-        yield _curve(runs, name, next(names))
+        family = name.rpartition("@")[0]
+        if name not in shots.get(family, ()):
+            yield _curve(runs, name, next(names))
+        elif name == shots[family][0]:
+            yield from _together(runs, {f"@{x.rpartition('@')[2]}": x for x in shots[family]}, family, names)
     validated = next(
         (x for x in ours if x.startswith("val") and not x.startswith("validate/") and not less_is_better(x)), None
     )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_gr.report.cards import less_is_better, metric_of, names_of, sections
+from lightning_gr.report.cards import by_shots, less_is_better, metric_of, names_of, sections
 from lightning_gr.report.drawing import percent, short
 from lightning_gr.report.run import Run
 
@@ -98,13 +98,15 @@ def headline(run: Run) -> list[_Fact]:
 
 
 def best_of(run: Run) -> tuple[str, float, int] | None:
-    """Name, best value and its step of the metric that checkpoints go by, else of the first of validation."""
+    """Name, best value and its step of the metric that checkpoints go by, else of validation's first, at most shots."""
     monitor = run.facts.get("monitor") or {}
     validated = [
         x for x in run.series if x.startswith("val") and not x.startswith("validate/") and run.series[x].finite
     ]
     validated.sort(key=less_is_better)
     name = monitor.get("name") if monitor.get("name") in run.series else next(iter(validated), None)
+    if name is not None and name != monitor.get("name"):
+        name = by_shots(validated).get(name.rpartition("@")[0], [name])[-1]
     if name is None or not run.series[name].finite:
         return None
     lower = monitor["mode"] == "min" if name == monitor.get("name") and "mode" in monitor else less_is_better(name)

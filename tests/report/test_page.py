@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from typing_extensions import override
 
-from lightning_gr.report.cards import less_is_better, names_of, sections
+from lightning_gr.report.cards import by_shots, less_is_better, names_of, sections
 from lightning_gr.report.drawing import percent, short
 from lightning_gr.report.page import best_of, differing_settings, duration, headline, page, write_page
 from lightning_gr.report.run import Run, Series, read_run
@@ -208,3 +208,15 @@ def test_short_numbers(value: float, text: str) -> None:
 def test_percentages_and_durations() -> None:
     assert [percent(x) for x in (0.125, 0.0002, 1.0)] == ["12.5%", "0.02%", "100%"]
     assert [duration(x) for x in (48.2, 725, 12000)] == ["48 s", "12 min 5 s", "3 h 20 min"]
+
+
+def test_metrics_by_shots_are_one_chart_and_cut_offs_are_not() -> None:
+    names = ["val/click/AUC@0", "val/click/AUC@1", "val/click/AUC@10", "val/click/AUC@5", "val/HR@5", "val/HR@10"]
+    series = {name: Series([1, 2], [0.1 * i, 0.1 * i + 0.05], [0.0, 0.0]) for i, name in enumerate(names)}
+    run = Run("x", series)
+    titles = [card.title for section in sections([run]) for card in section.cards]
+    assert titles == ["val/click/AUC", "val/HR@5", "val/HR@10"]
+    assert best_of(run) == ("val/click/AUC@10", pytest.approx(0.25), 2), "the most shots, by number"
+    assert by_shots(names) == {"val/click/AUC": [f"val/click/AUC@{k}" for k in (0, 1, 5, 10)]}
+    twice = [card.title for section in sections([run, run]) for card in section.cards]
+    assert twice[:6] == [*by_shots(names)["val/click/AUC"], *titles[1:]], "of two runs a chart a metric"
