@@ -50,6 +50,11 @@ def attach_sparse_optimizer(collection: nn.Module, *, optimizer: SparseOptimizer
     apply_in_backward(classes[optimizer], own, {"lr": lr})
 
 
+def _leaves_a_rank_empty(rows: int, world_size: int) -> bool:
+    """Whether the last rank gets no row where a table is cut by rows, in blocks of equal size."""
+    return -(-rows // world_size) * (world_size - 1) >= rows
+
+
 def make_plan(
     module: nn.Module,
     *,
@@ -67,7 +72,8 @@ def make_plan(
     Args:
         module: the root that is going to be wrapped.
         sharding: how ``EmbeddingCollection`` tables are cut. ``EmbeddingBagCollection`` on the CPU has no row-wise
-            form in TorchRec; its tables are then placed whole.
+            form in TorchRec; its tables are then placed whole, and so are those of a collection with too few rows for
+            every rank to have one.
         device: compute device of this rank.
         num_local: processes on this node.
         dynamic_optimizer: of dynamic tables without their own.
@@ -103,6 +109,10 @@ def make_plan(
     constraints = {}
     for collection in static_collections(module).values():
         whole = sharding == "row_wise" and device.type == "cpu" and not isinstance(collection, EmbeddingCollection)
+        # FBGEMM does not look up in a process that has no row of any table of a collection.
+        whole |= sharding == "row_wise" and all(
+            _leaves_a_rank_empty(config.num_embeddings, dist.get_world_size()) for config in table_configs(collection)
+        )
         for config in table_configs(collection):
             if config.embedding_dim % _DIMENSIONS_OF_KERNELS:
                 raise MisconfigurationException(

@@ -401,12 +401,12 @@ def test_an_ordinary_dataloader_keeps_lightnings_sampler(gloo: Any) -> None:
 class OwnTables(pl.LightningModule):
     """A user's module with a static TorchRec collection, their own KJT batches and one Adam for everything."""
 
-    def __init__(self) -> None:
+    def __init__(self, rows: int) -> None:
         super().__init__()
         from torchrec import EmbeddingCollection, EmbeddingConfig
 
         self.tables = EmbeddingCollection(
-            tables=[EmbeddingConfig(name="t", num_embeddings=20, embedding_dim=4, feature_names=["f"])],
+            tables=[EmbeddingConfig(name="t", num_embeddings=rows, embedding_dim=4, feature_names=["f"])],
             device=torch.device("cpu"),
         )
         self.head = nn.Linear(4, 1)
@@ -421,7 +421,7 @@ class OwnTables(pl.LightningModule):
 
 
 class OwnBatches(UnevenBatches):
-    def __init__(self, rank: int, world_size: int) -> None:
+    def __init__(self, rank: int, world_size: int, rows: int) -> None:
         from torchrec import KeyedJaggedTensor
 
         super().__init__(rank, world_size)
@@ -430,30 +430,32 @@ class OwnBatches(UnevenBatches):
         first, last = cuts[rank]
         kept = []
         for _, _ in self.batches:
-            ids = torch.randint(0, 20, (6,), generator=generator)
+            ids = torch.randint(0, rows, (6,), generator=generator)
             y = torch.randn(6, generator=generator)
             lengths = torch.ones(last - first, dtype=torch.int64)
             kept.append((KeyedJaggedTensor(["f"], ids[first:last], lengths=lengths), y[first:last]))
         self.batches = kept
 
 
-def run_own_tables(world_size: int) -> dict[str, Any]:
+def run_own_tables(world_size: int, rows: int) -> dict[str, Any]:
     import warnings
 
     import torch.distributed as dist
 
     pl.seed_everything(1)
-    model, record = OwnTables(), Recorder()
+    model, record = OwnTables(rows), Recorder()
     first = model.tables.state_dict()["embeddings.t.weight"].clone().numpy()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer(world_size, record, max_steps=10).fit(model, OwnBatches(dist.get_rank(), world_size))
+        trainer(world_size, record, max_steps=10).fit(model, OwnBatches(dist.get_rank(), world_size, rows))
     said = [str(w.message) for w in caught if "sharded table" in str(w.message)]
     return {"losses": record.losses, "weights": weights_of(model), "first": first, "said": said}
 
 
-def test_a_users_own_collection_and_batches_are_sharded(gloo: Any) -> None:
-    one, two = gloo(1).run(run_own_tables, 1), gloo(2).run(run_own_tables, 2)
+@pytest.mark.parametrize("rows", [20, 1])
+def test_a_users_own_collection_and_batches_are_sharded(gloo: Any, rows: int) -> None:
+    """Of one row, by rows the second rank would have none."""
+    one, two = gloo(1).run(run_own_tables, 1, rows), gloo(2).run(run_own_tables, 2, rows)
     assert largest_difference(two, one) <= 1e-4
     key = "tables.embeddings.t.weight"
     assert two[0]["weights"].keys() == {key, "head.weight", "head.bias"}
@@ -467,7 +469,7 @@ def run_refused_precision(world_size: int) -> str:
     from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
     try:
-        trainer(world_size, precision="bf16-true").fit(OwnTables(), OwnBatches(0, 1))
+        trainer(world_size, precision="bf16-true").fit(OwnTables(20), OwnBatches(0, 1, 20))
     except (MisconfigurationException, ValueError) as error:
         return str(error)
     return ""
