@@ -446,7 +446,7 @@ MICRO: dict[str, Any] = {"balancing": {"tokens_per_rank": 26}}
                 {"accumulate_grad_batches": 3},
                 {"balancing": {"partitioner": "contiguous"}},
                 {"model": REPTILE},
-                {"model": PARTS, "data": {"order": "random", "num_workers": 1}},
+                {"model": PARTS, "data": {"order": "random"}},
                 {"data": {"history": 3}},
             )
         ),
@@ -459,7 +459,7 @@ def test_planned_episodes_on_ranks_are_those_of_one_process(
     plain = {name: x for name, x in settings.items() if name not in ("balancing", "strategy")}
     one = truth(train_planned, kind, **plain)
     many = gloo(world_size).run(train_planned, world_size, store, kind, **settings)
-    assert len(one[0]["losses"]) > 4
+    assert len(one[0]["losses"]) >= 4
     assert samples(many) == samples(one)
     assert difference(many, one) <= close(kind)
     assert all(rank["dense"] == many[0]["dense"] for rank in many)
