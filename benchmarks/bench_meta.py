@@ -52,6 +52,7 @@ import meta_io
 import numpy as np
 import torch
 import torch.distributed as dist
+from batches import Batches
 from gloo_processes import World, cores_of_two
 from reporting import commit, device, publish
 
@@ -128,19 +129,6 @@ def write_store(folder: Path, tasks: int) -> str:
 
 
 # ---- a training, in each of its processes ----------------------------------------------------------------------------
-
-
-class Batches:
-    """A loader of batches that are there; Lightning takes a list for several loaders."""
-
-    def __init__(self, batches: list[Any]) -> None:
-        self._batches = batches
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._batches)
 
 
 def batches_of(source: Any, size: Size, steps: int, share: tuple[int, int]) -> list[Any]:

@@ -31,13 +31,13 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from batches import Batches
 from gloo_processes import be_a_rank, free_port
 from reporting import commit, device, publish
 from slow_network import Link, Network, Waits, slowed
@@ -136,19 +136,6 @@ class Accelerator(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         Accelerator._sleep(DENSE * 2 / 3)
         return grad
-
-
-class Batches:
-    """A loader of batches that are there; Lightning takes a list for several loaders."""
-
-    def __init__(self, batches: list[Any]) -> None:
-        self._batches = batches
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(self._batches)
 
 
 def train(mode: str, *, groups: int, node: int, ids: list[Array], is_free: bool = False) -> dict[str, Any]:

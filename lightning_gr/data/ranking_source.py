@@ -105,6 +105,7 @@ class RankingSource(SequenceSource):
         self.group_bounds = store.group_bounds
         self.tasks: tuple[str, ...] = tuple(tasks)
         self._store, self._split = store, split
+        self._sequences = 1  # of a sample in a batch, each with contextual tokens of its own
         settings = (
             store.fingerprint,
             part,
@@ -138,11 +139,11 @@ class RankingSource(SequenceSource):
     @override
     def samples(self, first_row: int, last_row: int) -> tuple[Array, Array]:
         ids, counts = self._cuts.samples(first_row, last_row)
-        return ids, self._columns.features.num_contextual + counts
+        return ids, self._sequences * self.num_contextual + counts
 
     @override
     def token_counts(self, sample_ids: Array) -> Array:
-        counts: Array = self._columns.features.num_contextual + self._cuts.event_counts(sample_ids)
+        counts: Array = self._sequences * self.num_contextual + self._cuts.event_counts(sample_ids)
         return counts
 
     @override

@@ -78,6 +78,7 @@ class TaskSource(RankingSource):
             cuts=self._episodes,
         )
         self._part, self._settings = part, episodes
+        self._sequences = len(self._episodes.shots_Q)
 
     @property
     def counts(self) -> TaskCounts:
@@ -108,17 +109,6 @@ class TaskSource(RankingSource):
             )
 
     @override
-    def samples(self, first_row: int, last_row: int) -> tuple[Array, Array]:
-        ids, counts = self._cuts.samples(first_row, last_row)
-        return ids, len(self._episodes.shots_Q) * self.num_contextual + counts
-
-    @override
-    def token_counts(self, sample_ids: Array) -> Array:
-        of_tasks = len(self._episodes.shots_Q) * self.num_contextual
-        counts: Array = of_tasks + self._cuts.event_counts(sample_ids)
-        return counts
-
-    @override
     def collate(
         self,
         sample_ids: Array,
@@ -130,7 +120,7 @@ class TaskSource(RankingSource):
     ) -> SequenceBatch:
         task_rows = sample_ids % max(self.num_rows, 1)
         rows, places_B = self._rows.of(task_rows, windows)
-        sequences = len(self._episodes.shots_Q)
+        sequences = self._sequences
         batch = self._columns.batch(
             np.repeat(sample_ids, sequences),
             np.repeat(task_rows, sequences),
