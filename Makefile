@@ -1,4 +1,4 @@
-# make demo | make test | make lint | make env | make clean
+# make demo | make test | make bench | make lint | make env | make clean
 # Each makes the environment in .venv if it is missing. PIP_FLAGS is passed to every pip install; WORKERS is how many
 # processes share the files of the tests.
 
@@ -11,7 +11,7 @@ PIP := $(RUN) -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
 PINS := constraints/cpu.txt
 WORKERS := 2
 
-.PHONY: demo test test-all lint env clean
+.PHONY: demo test test-all bench lint env clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -19,6 +19,7 @@ help:
 	@echo "make demo [DATA=events.csv]  train on two processes and show recommendations"
 	@echo "make test                    tests that need no GPU"
 	@echo "make test-all                the same with the long ones"
+	@echo "make bench [PARTS='a b']     the benchmarks, their rows and pages; under 40 minutes with nothing beside it"
 	@echo "make lint                    ruff and mypy"
 	@echo "make env                     the environment in $(VENV), made by the others if it is missing"
 	@echo "make clean                   remove caches and build products, keep $(VENV) and outputs"
@@ -31,6 +32,9 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m "not gpu" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
+bench: $(STAMP)
+	@$(RUN) benchmarks/run_all.py $(if $(PARTS),--only $(PARTS))
 
 lint: $(STAMP)
 	@$(RUN) -m ruff check .
@@ -52,7 +56,7 @@ $(STAMP): pyproject.toml $(PINS)
 	@$(PIP) --upgrade pip
 	@$(PIP) -c $(PINS) torch
 	@echo "make env: 2/3 lightning-gr, its dependencies and the tools of its tests"
-	@$(PIP) -c $(PINS) -e ".[dev]"
+	@PYTHONWARNINGS=ignore $(PIP) -c $(PINS) -e ".[dev]"
 	@echo "make env: 3/3 torchrec and fbgemm-gpu-cpu"
 	@$(PIP) --no-deps -c $(PINS) torchrec fbgemm-gpu-cpu
 	@touch $@

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import datetime
 import json
 import os
 import platform
 import subprocess
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+VERSIONS = ("torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "lightning", "triton")
+
+
+def processor() -> str:
+    """The processor's model with its widest vectors, as Linux tells it, else its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine()
+    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = told.get("flags", "").split()
+    vectors = next((name for name in ("avx512f", "avx2", "avx") if name in flags), "")
+    return " ".join(filter(None, (told.get("model name", platform.machine()), vectors)))
 
 
 def device() -> str:
@@ -20,21 +37,42 @@ def device() -> str:
 
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
-    return f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    return f"{processor()}, {os.cpu_count()} cores"
+
+
+def versions() -> str:
+    """What a figure depends on and is installed: Python and the packages below the project."""
+    found = [f"Python {platform.python_version()}"]
+    for name in VERSIONS:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found.append(f"{name} {metadata.version(name)}")
+    return ", ".join(found)
 
 
 def commit() -> str:
-    """The short name of the commit that is checked out."""
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    """The short name of the commit that is checked out, with a plus where code was changed since."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=False
+        ).stdout.strip()
+
     try:
-        return subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.cpp", "*.yaml")
+        return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
     except OSError:
         return "unknown"
 
 
 def publish(name: str, result: dict[str, Any], *, as_json: bool) -> None:
     """Appends a row to ``benchmarks/results/<name>.csv``, widened where it has new columns; prints it if asked."""
-    row = {"date": datetime.date.today().isoformat(), "commit": commit(), "machine": device(), **result}
+    row = {
+        "date": datetime.date.today().isoformat(),
+        "commit": commit(),
+        "machine": device(),
+        "versions": versions(),
+        **result,
+    }
     path = ROOT / "benchmarks" / "results" / f"{name}.csv"
     path.parent.mkdir(exist_ok=True)
     rows: list[dict[str, Any]] = []
