@@ -131,7 +131,13 @@ class CandidateBlock:
         if reduction == "log_sum_exp":
             ids_C = None if excluded_M is None else self.ids_C
             part_M = log_sum_exp(
-                queries_MD, candidates_CD, log_weights_C=log_weights_C, ids_C=ids_C, excluded_T=excluded_M
+                queries_MD,
+                candidates_CD,
+                log_weights_C=log_weights_C,
+                ids_C=ids_C,
+                excluded_T=excluded_M,
+                # As in a mean of losses; with other processes it is a share, and what excludes is joined to others.
+                uniform_gradient=self.group is None and excluded_M is None,
             )
         else:
             rows_M = torch.arange(len(queries_MD), device=queries_MD.device)
@@ -142,11 +148,22 @@ class CandidateBlock:
 
     @staticmethod
     def recomputed_flops(
-        reduction: Reduction, num_queries: int, num_candidates: int, dim: int, *, device: torch.device
+        reduction: Reduction,
+        num_queries: int,
+        num_candidates: int,
+        dim: int,
+        *,
+        device: torch.device,
+        alone: bool,
     ) -> int:
-        """What backward of `log_sum_exp` or `softplus_sum` computes again, of scores by the queries' own share."""
+        """What backward of `log_sum_exp` or `softplus_sum` computes again, of scores by the queries' own share.
+
+        `alone`: no other process has candidates, and nothing is excluded.
+        """
         if reduction == "log_sum_exp":
-            return full_softmax_recomputed_flops(num_queries, num_candidates, dim, device=device)
+            return full_softmax_recomputed_flops(
+                num_queries, num_candidates, dim, device=device, uniform_gradient=alone
+            )
         fits = num_queries * num_candidates <= _CELLS_AT_ONCE
         return 0 if fits else full_softmax_flops(num_queries, num_candidates, dim)
 

@@ -404,8 +404,9 @@ class RetrievalModule(pl.LightningModule):
                 reduction: Literal["log_sum_exp", "softplus_sum"] = (
                     "softplus_sum" if self.loss == "bce" else "log_sum_exp"
                 )
+                alone = not self.in_batch and process_group_of(self.tables) is None
                 with use_backend(self.backend):
-                    again = CandidateBlock.recomputed_flops(reduction, *scores, device=batch.device)
+                    again = CandidateBlock.recomputed_flops(reduction, *scores, device=batch.device, alone=alone)
         if (recomputed := getattr(self.encoder, "recomputed_flops", None)) is not None:
             again += recomputed(num_tokens, pairs)
         return ForwardFlops(attention=count(0, pairs), projections=count(num_tokens, 0), head=head, recomputed=again)

@@ -65,7 +65,7 @@ def full_softmax_loss(
         low, high = (int(x) for x in targets_T.aminmax())
         if low < 0 or high >= len(items_CD):
             raise ValueError(f"targets_T: expected items 0 ... {len(items_CD) - 1}, got {low} ... {high}")
-    return _by_backend(of, targets_T, backend)
+    return _by_backend(of, targets_T, backend, uniform_gradient=True)
 
 
 def log_sum_exp(
@@ -76,6 +76,7 @@ def log_sum_exp(
     log_weights_C: Tensor | None = None,
     ids_C: Tensor | None = None,
     excluded_T: Tensor | None = None,
+    uniform_gradient: bool = False,
     backend: Backend = "auto",
 ) -> Tensor:
     """``log(sum_c w_c exp(q . item_c / temperature))`` over the items whose id is not the token's excluded one.
@@ -90,6 +91,9 @@ def log_sum_exp(
         log_weights_C: ``log w_c``, float; None means 0. Not differentiated.
         ids_C: int64 what each item stands for; may repeat.
         excluded_T: int64 id that does not count for a token; given with `ids_C`, or not at all.
+        uniform_gradient: whether the gradient of the result will probably be equal for all tokens, as in a mean. On
+            a CPU forward then takes the gradients too, which saves a matrix product; if that of a token turns out to
+            differ, those of the items are computed again.
         backend: which implementation; `auto` takes the fused one of the device.
 
     Returns:
@@ -99,14 +103,16 @@ def log_sum_exp(
     Raises:
         ValueError: shapes, dtypes or devices disagree.
     """
-    return _by_backend(_checked(queries_TD, items_CD, temperature, log_weights_C, ids_C, excluded_T), None, backend)
+    of = _checked(queries_TD, items_CD, temperature, log_weights_C, ids_C, excluded_T)
+    return _by_backend(of, None, backend, uniform_gradient=uniform_gradient)
 
 
-def _by_backend(of: Logits, targets_T: Tensor | None, backend: Backend) -> Tensor:
+def _by_backend(of: Logits, targets_T: Tensor | None, backend: Backend, *, uniform_gradient: bool) -> Tensor:
     backend = choose_backend(backend, of.queries_TD.device)
     if backend == "reference":
         return full_softmax_reference(of, targets_T)
-    losses_T: Tensor = FullSoftmax.apply(backend, targets_T, *of)
+    early = uniform_gradient and torch.is_grad_enabled()
+    losses_T: Tensor = FullSoftmax.apply(backend, early, targets_T, *of)
     return losses_T
 
 
@@ -165,11 +171,28 @@ def full_softmax_flops(num_tokens: int, num_items: int, dim: int) -> int:
 
 
 def full_softmax_recomputed_flops(
-    num_tokens: int, num_items: int, dim: int, *, device: torch.device, backend: Backend = "auto"
+    num_tokens: int,
+    num_items: int,
+    dim: int,
+    *,
+    device: torch.device,
+    uniform_gradient: bool = True,
+    backend: Backend = "auto",
 ) -> int:
-    """What a backward pass computes again of the forward's operations; arguments as of `full_softmax_flops`."""
+    """What is computed twice of the forward's operations, in float32; arguments as of `full_softmax_flops`.
+
+    Args:
+        num_tokens: tokens with a target.
+        num_items: all items.
+        dim: width of the embeddings.
+        device: of the tensors.
+        uniform_gradient: as of `log_sum_exp`, and come true; `full_softmax_loss` expects it.
+        backend: which implementation.
+    """
     chosen = choose_backend(backend, device)
-    if chosen == "reference" or (chosen == "cpu" and cpu.keeps_logits(num_tokens, num_items)):
+    if chosen == "reference":
+        return 0
+    if chosen == "cpu" and not cpu.recomputes(num_tokens, num_items, uniform_gradient=uniform_gradient):
         return 0
     # On a GPU the gradients of queries and of items have a kernel each, and each kernel makes the logits.
     return (2 if chosen == "triton" else 1) * full_softmax_flops(num_tokens, num_items, dim)

@@ -18,17 +18,22 @@ _tile: Any
 _slope: Any
 
 
-def forward(of: Logits) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The log-sum-exp of each token; nothing else is kept."""
+def forward(of: Logits, early: tuple[bool, bool]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The log-sum-exp of each token; nothing else is kept, and no gradient taken."""
     total_T = torch.empty(len(of.queries_TD), dtype=torch.float32, device=of.queries_TD.device)
     _launch("forward", len(of.queries_TD), of, total_T)
     return total_T, ()
 
 
 def backward(
-    of: Logits, kept: tuple[Tensor, ...], targets_T: Tensor | None, total_T: Tensor, gradient_T: Tensor
+    of: Logits,
+    kept: tuple[Tensor | None, ...],
+    targets_T: Tensor | None,
+    total_T: Tensor,
+    gradient_T: Tensor,
+    wanted: tuple[bool, bool],
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of queries and items."""
+    """Gradients of queries and items, both in any case."""
     d_queries_TD, d_items_CD = (torch.zeros_like(x, dtype=torch.float32) for x in (of.queries_TD, of.items_CD))
     if len(of.queries_TD) and len(of.items_CD):
         # A part of the largest gradient, so that no slope leaves the range of float16.
