@@ -135,6 +135,6 @@ def check_name(name: str) -> str:
         ValueError: it leads out of the directory, or is none.
     """
     parts = name.split("/") if isinstance(name, str) else [""]
-    if "\\" in name or any(part in ("", ".", "..") for part in parts):
+    if any(part in ("", ".", "..") for part in parts) or "\\" in name:
         raise ValueError(f"{name!r} is no name of a file in it")
     return name

@@ -22,6 +22,7 @@ TOOLS = {
     "table": "inspect, export, delta, import: dynamic embedding tables in a checkpoint",
     "checkpoint": "ls, verify, compact: checkpoints, each whole or refused",
     "resume-check": "--config RECIPE: a run that is killed and resumed ends as one that never stopped",
+    "import": "meta-hstu, torcheasyrec: a model or features of another project, as ours",
     "export": "--config RECIPE --ckpt_path CHECKPOINT --output DIR: weights and tables for those who serve them",
     "compare": "RECIPE ...: train each with several seeds, test metrics with intervals",
     "verify": "RECIPE: does it reach the test metrics that its header expects? several seeds, an exit code",
@@ -44,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             repeating this process's own command line, so several devices need None, torchrun or
             ``start_method: spawn``.
     """
+    if argv is None and "" not in sys.path:
+        # Classes of the user's own in the present folder, as under `python -m`; last, so that no file hides a library.
+        sys.path.append("")
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
@@ -100,6 +104,10 @@ def _dispatch(args: list[str]) -> int:
         from lightning_gr.cli import resume_check
 
         return resume_check.main(args[1:])
+    if command == "import":
+        from lightning_gr.cli import importers
+
+        return importers.main(args[1:])
     if command == "export":
         _check_configs(args)
         from lightning_gr.cli import export

@@ -6,6 +6,7 @@ position table, N time buckets.
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal
 
 import torch
@@ -64,6 +65,8 @@ class HSTULayer(nn.Module):
         num_norm_groups: groups of tokens with affine parameters of their own in both norms; 1 is plain layer norm.
         bias_per_head: whether each head has bias tables of its own.
         affine: whether the norms have weights and biases, and the projection a bias.
+        alpha: factor of the dot products; None means ``1 / sqrt(qk_dim)``.
+        norm_eps: added to the variance in both norms.
     """
 
     def __init__(
@@ -83,15 +86,17 @@ class HSTULayer(nn.Module):
         num_norm_groups: int = 1,
         bias_per_head: bool = True,
         affine: bool = True,
+        alpha: float | None = None,
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         self.num_heads, self.qk_dim, self.v_dim = num_heads, qk_dim, v_dim
         self.dropout, self.attention_dropout = dropout, attention_dropout
         self.activation: Literal["silu", "softmax"] = activation
-        self.scale = scale
-        self.input_norm = _norm(num_norm_groups, dim, affine=affine)
+        self.scale, self.alpha = scale, alpha
+        self.input_norm = _norm(num_norm_groups, dim, affine=affine, eps=norm_eps)
         self.uvqk = nn.Linear(dim, num_heads * (2 * v_dim + 2 * qk_dim), bias=affine)
-        self.attention_norm = _norm(num_norm_groups, num_heads * v_dim, affine=affine)
+        self.attention_norm = _norm(num_norm_groups, num_heads * v_dim, affine=affine, eps=norm_eps)
         self.output = nn.Linear(num_heads * v_dim, dim)
         for linear in (self.uvqk, self.output):
             nn.init.normal_(linear.weight, std=_INIT_STD)
@@ -182,6 +187,7 @@ class HSTULayer(nn.Module):
             k_layout=k_layout,
             mask=mask,
             scale=self.scale,
+            alpha=self.alpha,
             position_table_PH=_by_head(self.position_table_PH, self.num_heads),
             time_table_NH=_by_head(self.time_table_NH, self.num_heads) if k_times_T is not None else None,
             q_times_T=q_times_T if k_times_T is not None else None,
@@ -212,10 +218,10 @@ class HSTULayer(nn.Module):
         )
 
 
-def _norm(num_groups: int, dim: int, *, affine: bool) -> nn.LayerNorm | GroupLayerNorm:
+def _norm(num_groups: int, dim: int, *, affine: bool, eps: float) -> nn.LayerNorm | GroupLayerNorm:
     if num_groups == 1:
-        return nn.LayerNorm(dim, elementwise_affine=affine)
-    return GroupLayerNorm(num_groups=num_groups, dim=dim)
+        return nn.LayerNorm(dim, eps=eps, elementwise_affine=affine)
+    return GroupLayerNorm(num_groups=num_groups, dim=dim, eps=eps)
 
 
 def _by_head(table: Tensor | None, num_heads: int) -> Tensor | None:
@@ -250,6 +256,8 @@ class HSTUEncoder(nn.Module):
         bias_per_head: whether each head has bias tables of its own; in Meta's code the heads of a layer share them.
             With `recency`, what they share begins at the mean of the four reaches.
         affine: whether the norms have weights and biases and the UVQK projection a bias; in Meta's code they have none.
+        alpha: factor of the dot products; None means ``1 / sqrt(qk_dim)``. In Meta's code it is 1.
+        norm_eps: added to the variance in the norms; 1e-6 in Meta's code.
 
     Raises:
         ValueError: a size that cannot work, by name.
@@ -276,6 +284,8 @@ class HSTUEncoder(nn.Module):
         num_norm_groups: int = 1,
         bias_per_head: bool = True,
         affine: bool = True,
+        alpha: float | None = None,
+        norm_eps: float = 1e-5,
     ) -> None:
         super().__init__()
         sizes: dict[str, int | None] = {"dim": dim, "num_layers": num_layers, "num_heads": num_heads}
@@ -290,6 +300,9 @@ class HSTUEncoder(nn.Module):
             raise ValueError(
                 f"affine=False: num_norm_groups={num_norm_groups} is about affine parameters; leave one of them out"
             )
+        for name, factor in (("alpha", alpha), ("norm_eps", norm_eps)):
+            if factor is not None and not 0 < factor < math.inf:
+                raise ValueError(f"{name}={factor}: expected a number above 0")
         for name, rate in (("dropout", dropout), ("attention_dropout", attention_dropout)):
             if not 0 <= rate < 1:
                 raise ValueError(f"{name}={rate}: expected a probability in [0, 1)")
@@ -311,6 +324,8 @@ class HSTUEncoder(nn.Module):
                 num_norm_groups=num_norm_groups,
                 bias_per_head=bias_per_head,
                 affine=affine,
+                alpha=alpha,
+                norm_eps=norm_eps,
             )
             for _ in range(num_layers)
         )

@@ -29,6 +29,11 @@ Kind = Literal["sparse", "dense", "label"]
 Per = Literal["event", "user", "item"]
 
 
+def is_file_name(name: object) -> bool:
+    """Whether a name is that of a file in a folder, and not a path that leads elsewhere."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
 @dataclass(frozen=True)
 class Field:
     """One column beside user, item and time.
@@ -52,6 +57,10 @@ class Field:
     def __post_init__(self) -> None:
         if self.name in RESERVED:
             raise ValueError(f"field {self.name}: the name is the store's own; rename the column")
+        if not is_file_name(self.name):
+            raise ValueError(
+                f"field {self.name!r}: files are named after fields, and this is no name; rename the column"
+            )
         if self.kind not in get_args(Kind) or self.per not in get_args(Per):
             raise ValueError(f"field {self.name}: kind={self.kind!r} per={self.per!r} is no such field")
         if self.kind == "label" and self.per != "event":

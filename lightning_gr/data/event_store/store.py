@@ -22,6 +22,7 @@ from lightning_gr.data.event_store.fields import (
     USER,
     VOCABULARY,
     Field,
+    is_file_name,
 )
 from lightning_gr.data.event_table import UserRows
 
@@ -102,6 +103,8 @@ class EventStore:
         self.num_events = int(manifest["num_events"])
         self.fingerprint = str(manifest["fingerprint"])
         self.summary: dict[str, Any] = manifest.get("summary", {})
+        if strange := [name for name in manifest["parts"] if not is_file_name(name)]:
+            raise ValueError(f"{manifest_path(self.path)}: parts: {strange[0]!r} is no name of a file in {EVENTS}")
         self.parts = tuple(self.path / EVENTS / name for name in manifest["parts"])
         self.lengths = self._index("lengths")
         self._groups = self._index("row_groups")

@@ -1,0 +1,1 @@
+"""Importers: what other projects have trained or configured, as ours."""
