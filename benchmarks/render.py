@@ -77,6 +77,14 @@ def latest(results: Path, name: str, **where: Any) -> dict[str, Any]:
     raise LookupError(f"{name}.csv in {results} has no row with {where or 'anything'}; run its benchmark")
 
 
+def has(results: Path, name: str, **where: Any) -> bool:
+    """Whether a result has a row with these values; a part of the page may be left out until then."""
+    try:
+        return bool(latest(results, name, **where))
+    except LookupError:
+        return False
+
+
 # ---- how figures are written -----------------------------------------------------------------------------------------
 
 
@@ -156,6 +164,7 @@ def performance_page(results: Path) -> str:
     template = environment.from_string(TEMPLATE.read_text())
     return template.render(
         row=partial(latest, results),
+        has=partial(has, results),
         rows_table=partial(rows_table, results),
         goals_table=partial(goals_table, results),
     ).lstrip()
