@@ -285,7 +285,8 @@ class Checkpoints:
     def wait(self) -> Manifest | None:
         """Waits for a background save and raises its error; what was saved last."""
         pending, self._pending = self._pending, None
-        if pending is not None and pending.exception() is not None:
+        if pending is not None and pending.exception() is not None and self._thread is not None:
+            self._thread.close()
             self._thread = None  # one that has failed does nothing more
         return None if pending is None else pending.result()
 

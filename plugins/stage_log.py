@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _StageEvent:
     stage: str
     batch: int
@@ -37,7 +37,7 @@ class StageLog:
         ValueError: the capacity is below 1.
     """
 
-    def __init__(self, *, capacity: int = 100_000) -> None:
+    def __init__(self, *, capacity: int = 20_000) -> None:
         if capacity < 1:
             raise ValueError(f"capacity={capacity}: expected at least 1")
         self._events: deque[_StageEvent] = deque(maxlen=capacity)

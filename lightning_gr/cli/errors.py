@@ -6,6 +6,7 @@ import argparse
 import dis
 import errno
 import os
+import re
 import sys
 import sysconfig
 import time
@@ -68,7 +69,7 @@ def one_line(error: BaseException) -> str | None:
         from lightning_gr.cli.parse_errors import boil
 
         return boil(str(error))
-    error = _unwrapped(error)
+    outermost, error = error, _unwrapped(error)
     misconfigured = any(cls.__name__ == "MisconfigurationException" for cls in type(error).__mro__)
     disk_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
     if not (misconfigured or disk_full or isinstance(error, _MISTAKES)) or isinstance(error, UnicodeError):
@@ -79,6 +80,13 @@ def one_line(error: BaseException) -> str | None:
     if isinstance(error, ValueError) and not _raised_by_statement(frame):
         return None
     package = frame.tb_frame.f_globals.get("__name__", "").partition(".")[0]
+    if package == "jsonargparse" and isinstance(error, ValueError):
+        from lightning_gr.cli.parse_errors import boil
+
+        # What a constructor of ours said, where a setting may be of several types.
+        said = (line.strip().removeprefix("- ") for line in str(outermost).splitlines())
+        own = next((line for line in said if re.match(r"[\w.]+=.*: ", line)), None)
+        return own or boil(str(outermost))
     file = frame.tb_frame.f_code.co_filename
     if package not in _OUR_PACKAGES | _LIGHTNING and _is_library(file):
         return None

@@ -54,6 +54,7 @@ class RecipeAction(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         source = resolve_config(values)
         _forget_lists(cfg, source)
+        _refuse_what_is_no_setting(source, str(values))
         try:
             super().__call__(parser, cfg, source, option_string)
         except (TypeError, ValueError, argparse.ArgumentError) as error:
@@ -115,6 +116,28 @@ def _forget_lists(cfg: Any, source: str, key: str = "") -> None:
             _forget_list(cfg, path)
 
     walk(content, tuple(key.split(".")) if key else ())
+
+
+def _refuse_what_is_no_setting(source: str, name: str) -> None:
+    """Refuses what jsonargparse fails at without a word on the culprit.
+
+    Args:
+        source: a file, or YAML itself.
+        name: as the user gave it.
+
+    Raises:
+        UserError: a configuration that names further ones, or has nothing where settings of its parts belong.
+    """
+    try:
+        content = yaml.safe_load(Path(source).read_text(encoding="utf-8") if _is_file(source) else source)
+    except (OSError, ValueError, yaml.YAMLError):
+        return  # whoever parses it says why
+    if not isinstance(content, dict):
+        return
+    if content.get("config") is not None:
+        raise UserError(f"{name}: config={content['config']!r}: a configuration names no other; give each by --config")
+    if "trainer" in content and not isinstance(content["trainer"], dict):
+        raise UserError(f"{name}: trainer={content['trainer']!r}: expected settings of the Trainer; or leave it out")
 
 
 def _forget_list(settings: Any, path: Sequence[str]) -> None:
@@ -231,7 +254,8 @@ class GRCLI(LightningCLI):
             if not isinstance(error, argparse.ArgumentError):
                 raise
             words = args if isinstance(args, list) else sys.argv[1:]
-            used = next((self._subcommand_parsers[word] for word in words if word in self._subcommand_parsers), None)
+            known = getattr(self, "_subcommand_parsers", {})  # with run=False there are none
+            used = next((known[word] for word in words if word in known), None)
             raise UserError(boil(str(error), used)) from error
         subcommand = self.config.get("subcommand")
         if subcommand is not None:

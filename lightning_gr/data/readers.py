@@ -79,10 +79,13 @@ def _detect(path: Path) -> str:
         return "movielens"
     if len(spaced) >= 2 and "," not in line and all(field.lstrip("-").isdigit() for field in spaced[1:]):
         return "s3rec"
-    raise ValueError(f"{path}: line 1 {line[:60]!r} is no log that is known here; expected {_KNOWN}")
+    raise ValueError(
+        f"{path}: line 1 {line[:60]!r} is no log that is known here; expected {_KNOWN}; a table with other columns is "
+        f"made into a store: lightning-gr prepare {path} STORE --columns.user_id NAME --columns.item_id NAME"
+    )
 
 
-def _polars_error(path: Path, error: Exception) -> ValueError:
+def _polars_error(path: Path, error: BaseException) -> ValueError:
     return ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]})")
 
 
@@ -91,7 +94,7 @@ def _read_csv(path: Path) -> pl.DataFrame:
 
     try:
         return pl.read_csv(path, infer_schema=False)
-    except pl.exceptions.PolarsError as error:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
         raise _polars_error(path, error) from error
 
 
@@ -100,7 +103,7 @@ def _read_parquet(path: Path) -> pl.DataFrame:
 
     try:
         return pl.read_parquet(path)
-    except (pl.exceptions.PolarsError, OSError) as error:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         raise _polars_error(path, error) from error
 
 

@@ -76,7 +76,7 @@ def _header(path: Path) -> dict[str, str]:
     kinds = {}
     for field in first_line(path).split("\t"):
         name, _, kind = field.strip().partition(":")
-        if kind not in _TYPES:
+        if kind not in _TYPES or "\0" in name:
             raise ValueError(
                 f"{path}: line 1 has the field {field!r}; expected name:type with one of {', '.join(_TYPES)}"
             )
@@ -111,7 +111,7 @@ def _features(path: Path, key: str) -> Features | None:
         split = [pl.col(name).str.split(" ").list.eval(pl.element().filter(pl.element() != "")) for name in lists]
         try:
             return _scan(path, list(header)).select(key, *sparse, *dense).with_columns(split).collect()
-        except pl.exceptions.PolarsError as error:
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
             raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]}); get it again") from error
 
     sparse = tuple(name for name, kind in header.items() if kind in ("token", "token_seq") and name != key)

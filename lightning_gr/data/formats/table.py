@@ -99,7 +99,10 @@ def open_csv(
         return frame.rename({name: name.strip() for name in names if name != name.strip()})
 
     def names(file: Path) -> list[str]:
-        header = [name.strip() for name in next(csv.reader([first_line(file)], delimiter=chosen), [])]
+        try:
+            header = [name.strip() for name in next(csv.reader([first_line(file)], delimiter=chosen), [])]
+        except csv.Error as error:
+            raise ValueError(f"{file}: line 1 is no header ({error}); get the file again") from error
         if twice := [name for name in header if header.count(name) > 1]:
             raise ValueError(f"{file}: has two columns {twice[0]}; rename one")
         return header
@@ -127,7 +130,7 @@ def open_parquet(
     def names(file: Path) -> list[str]:
         try:
             return list(pl.read_parquet_schema(file))
-        except (pl.exceptions.PolarsError, OSError) as error:
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
             raise ValueError(f"{file}: no Parquet file that can be read ({str(error).splitlines()[0]})") from error
 
     log = _log("parquet", _files(path, "parquet"), pl.scan_parquet, columns, names, first_row=1)
@@ -224,7 +227,8 @@ def _log(
             if name not in found:
                 near = difflib.get_close_matches(name, found, n=1)
                 hint = f"it has {', '.join(found)[:200]}" + (f"; did you mean {near[0]}?" if near else "")
-                raise ValueError(f"{file}: has no column {name} ({meaning}); {hint}")
+                setting = re.split("[=:]", meaning)[0]
+                raise ValueError(f"{file}: has no column {name} ({meaning}); {hint}; name yours by --{setting}")
     return EventLog(
         form=form,
         files=tuple(files),

@@ -113,7 +113,7 @@ class _Run:
 
         try:
             return self._log.scan(self._log.files[0]).explain(optimized=False)
-        except (pl.exceptions.PolarsError, OSError):
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError):
             return ""
 
     def _state(self) -> dict[str, Any]:

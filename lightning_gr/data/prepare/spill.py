@@ -195,6 +195,8 @@ def _batches(log: EventLog, file: Path) -> Iterator[pl.DataFrame]:
     if len(set(wanted)) < len(wanted):
         twice = next(name for name in wanted if wanted.count(name) > 1)
         raise ValueError(f"columns: {twice} is named twice; a column has one meaning")
+    if bad := next((name for name in wanted if "\0" in name), None):
+        raise ValueError(f"{file}: column {bad!r} has a NUL in its name, and no store can hold that; rename it")
     try:
         frame = log.scan(file)
         names = frame.collect_schema().names()
@@ -203,7 +205,7 @@ def _batches(log: EventLog, file: Path) -> Iterator[pl.DataFrame]:
                 f"{file}: has no column {missing[0]}; it has {', '.join(names)[:200]}; name yours in columns"
             )
         yield from frame.select(wanted).collect_batches(chunk_size=_BATCH_ROWS, maintain_order=True)
-    except (pl.exceptions.PolarsError, OSError) as error:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         # A compressed file that was cut off ends up here too.
         raise ValueError(f"{file}: cannot be read ({str(error).splitlines()[0]}); get it again or repair it") from error
 
