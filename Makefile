@@ -10,8 +10,9 @@ STAMP := $(VENV)/.complete
 PIP := $(RUN) -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS)
 PINS := constraints/cpu.txt
 WORKERS := 2
+DOCS := .venv-docs
 
-.PHONY: demo test test-all bench lint env clean
+.PHONY: demo test test-all bench bench-peers audit lint env clean
 .DEFAULT_GOAL := help
 
 .PHONY: help
@@ -20,7 +21,9 @@ help:
 	@echo "make test                    tests that need no GPU"
 	@echo "make test-all                the same with the long ones"
 	@echo "make bench [PARTS='a b']     the benchmarks, their rows and pages; under 40 minutes with nothing beside it"
+	@echo "make bench-peers [DATA=sequences.txt] [EPOCHS=e] [SECONDS=s]  beside other libraries, each in its own environment"
 	@echo "make lint                    ruff and mypy"
+	@echo "make docs                    the site of docs/ in site/, links checked"
 	@echo "make env                     the environment in $(VENV), made by the others if it is missing"
 	@echo "make clean                   remove caches and build products, keep $(VENV) and outputs"
 
@@ -36,10 +39,31 @@ test-all: $(STAMP)
 bench: $(STAMP)
 	@$(RUN) benchmarks/run_all.py $(if $(PARTS),--only $(PARTS))
 
+bench-peers: $(STAMP)
+	@$(RUN) benchmarks/peers/bench_peers.py $(if $(DATA),--data "$(DATA)") $(if $(EPOCHS),--epochs $(EPOCHS)) \
+	  $(if $(SECONDS),--seconds $(SECONDS)) $(if $(PIP_FLAGS),--pip-flags="$(PIP_FLAGS)")
+
+# Known vulnerabilities of the pinned set; needs the network.
+audit:
+	@$(PYTHON) -m venv .venv-audit
+	@.venv-audit/bin/pip install -q pip-audit
+	@.venv-audit/bin/pip-audit --strict --no-deps --disable-pip -r constraints/cpu.txt
+
 lint: $(STAMP)
 	@$(RUN) -m ruff check .
 	@$(RUN) -m ruff format --check .
 	@$(RUN) -m mypy
+
+# The source is read and not imported, so the site needs neither torch nor $(VENV).
+.PHONY: docs
+docs: $(DOCS)/.complete
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs --quiet build --strict
+	@echo "make docs: site/index.html"
+
+$(DOCS)/.complete: constraints/docs.txt
+	@$(PYTHON) -m venv --clear $(DOCS)
+	@$(DOCS)/bin/python -m pip --disable-pip-version-check install --quiet $(PIP_FLAGS) -r constraints/docs.txt
+	@touch $@
 
 env: $(STAMP)
 
@@ -63,5 +87,5 @@ $(STAMP): pyproject.toml $(PINS)
 	@echo "make env: done"
 
 clean:
-	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
+	@rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .coverage
 	@find . -name __pycache__ -type d -not -path "./$(VENV)/*" -prune -exec rm -rf {} +

@@ -533,7 +533,13 @@ class SequenceBalancedStrategy(DDPStrategy):
 
     @override
     def pre_backward(self, closure_loss: Tensor) -> None:
-        """Nothing: the base class looks for a bare DDP model."""
+        """Refuses a backward inside training_step, of which DDP makes an error that names nothing of the user's."""
+        module = self.lightning_module
+        if module is not None and not module.automatic_optimization:
+            raise MisconfigurationException(
+                f"{type(module).__name__}.automatic_optimization=False: manual_backward runs inside the forward that "
+                f"{type(self).__name__} wraps; return the loss from training_step instead, or train with strategy ddp"
+            )
 
     @_guarded
     @override

@@ -16,7 +16,8 @@ def main(argv: Sequence[str]) -> int:
     """Runs the subcommand and returns its exit code."""
     parser = Parser(prog="lightning-gr recipes", description="Lists, shows or copies the shipped recipes.")
     commands = parser.add_subparsers(dest="command", metavar="ls|show|cp", required=True)
-    commands.add_parser("ls", help="list the recipes")
+    listing = commands.add_parser("ls", help="list the recipes")
+    listing.add_argument("--markdown", action="store_true", help="as a table with what each header expects")
     show = commands.add_parser("show", help="print a recipe")
     show.add_argument("name", metavar="NAME")
     copy = commands.add_parser("cp", help="copy a recipe to a file of your own")
@@ -24,7 +25,9 @@ def main(argv: Sequence[str]) -> int:
     copy.add_argument("dest", metavar="DEST", type=Path, help="a file, or a folder that exists")
     copy.add_argument("--force", action="store_true", help="overwrite DEST")
     args = parser.parse_args(argv)
-    if args.command == "ls":
+    if args.command == "ls" and args.markdown:
+        print(markdown_table(), end="")
+    elif args.command == "ls":
         known = recipes.ls()
         width = max((len(name) for name in known), default=0)
         for name, description in known.items():
@@ -34,6 +37,17 @@ def main(argv: Sequence[str]) -> int:
     else:
         print(f"wrote {_copy(args.name, args.dest, force=args.force)}")
     return 0
+
+
+def markdown_table() -> str:
+    """All recipes with what they train and what their headers expect, as ``docs/recipes.md`` has it."""
+    from lightning_gr.recipes.expectation import header_fields
+
+    lines = ["| recipe | trains | expected |", "|---|---|---|"]
+    for name, description in recipes.ls().items():
+        expected = header_fields(recipes.path(name)).get("Expected", "").partition(";")[0]
+        lines.append(f"| `{name}` | {description} | {expected} |".replace("->", "to"))
+    return "\n".join(lines) + "\n"
 
 
 def resolve_config(value: str) -> str:
