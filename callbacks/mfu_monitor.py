@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from typing_extensions import override
 
@@ -188,11 +188,24 @@ class MFUMonitor(pl.Callback):
             self._spans.append((self._began, _Mark(self._device)))
         own = {name: float(value) for name, value in self._window.items()}
         own["seconds"] = sum(begin.seconds_to(end) for begin, end in self._spans)
+        if self.peak.source == "measured" and own["hardware"] > self.peak.flops * own["seconds"] > 0:
+            self._raise_peak(own["hardware"] / own["seconds"])
         own["peak"], own["memory"] = self.peak.flops, _peak_memory(self._device) / _GIB
         ranks = by_rank(own | self._not_in_totals())
         self._add_to_totals(ranks)
         log_values(trainer, {name: value for name, value in self._values(ranks).items() if not math.isnan(value)})
         self._begin_window()
+
+    def _raise_peak(self, reached: float) -> None:
+        """Takes the rate that training has reached for the peak, which other work must have lowered when measured."""
+        assert self.peak is not None
+        rank_zero_warn(
+            f"MFUMonitor: training reached {reached / 1e12:.4g} TFLOP/s, above the {self.peak.flops / 1e12:.4g} "
+            "measured for a peak at its start, when the machine must have been busy; that is the peak now. For an "
+            "MFU that can be compared give peak_tflops, or measure on a quiet machine",
+            category=RuntimeWarning,
+        )
+        self.peak = PeakRate(reached, "measured")
 
     def _values(self, ranks: dict[str, list[float]]) -> dict[str, float]:
         total = {name: sum(values) for name, values in ranks.items()}

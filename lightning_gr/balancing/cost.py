@@ -94,6 +94,9 @@ def fit_cost(tokens: Sequence[Array], seconds: Array) -> SequenceCost:
 def cost_of(module: object) -> SequenceCost:
     """What ``module.sequence_cost()`` says, or `TOKENS` where a module has no such method.
 
+    Args:
+        module: a LightningModule or any other object.
+
     Raises:
         ValueError: the method returns something else.
     """

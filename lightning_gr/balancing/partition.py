@@ -150,7 +150,12 @@ def micro_step_count(tokens: int, longest: int, *, world_size: int, tokens_per_r
 
 
 def imbalance(costs: Array, parts: Sequence[Array]) -> float:
-    """``(max - mean) / max`` of the parts' costs: the share of a step for which the mean rank waits."""
+    """``(max - mean) / max`` of the parts' costs: the share of a step for which the mean rank waits.
+
+    Args:
+        costs: of each sequence, at least 0, in any unit.
+        parts: for each rank, the places of its sequences in `costs`.
+    """
     sums_P = _sums(np.asarray(costs, dtype=np.float64), parts)
     largest = float(sums_P.max())
     return 0.0 if largest == 0 else (largest - float(sums_P.mean())) / largest

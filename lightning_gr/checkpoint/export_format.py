@@ -125,7 +125,11 @@ class ExportInfo:
 
 
 def is_export(location: str | Path | Storage) -> bool:
-    """Whether an export is there, whole or damaged."""
+    """Whether an export is there, whole or damaged.
+
+    Args:
+        location: a directory or a URL.
+    """
     return Storage(location).is_file(EXPORT_FILENAME)
 
 

@@ -135,13 +135,20 @@ def newest_complete(folder: str | Path | Storage) -> CheckpointReader | None:
     """The complete checkpoint with the most steps of the last run that saved into a folder; None without any.
 
     It goes by what manifests say, since clocks go wrong.
+
+    Args:
+        folder: where runs have saved, a directory or a URL.
     """
     found = complete_checkpoints(folder)
     return found[0] if found else None
 
 
 def complete_checkpoints(folder: str | Path | Storage) -> list[CheckpointReader]:
-    """The complete checkpoints of a folder, the newest first, links left out."""
+    """The complete checkpoints of a folder, the newest first, links left out.
+
+    Args:
+        folder: where a run has saved, a directory or a URL.
+    """
     storage, found = Storage(folder), []
     for name in storage.names():
         if not storage.is_file(f"{name}/{META_FILENAME}") or storage.is_link(name):

@@ -222,7 +222,11 @@ def _odd(value: Any, place: str) -> Iterator[tuple[str, Any]]:
 
 
 def remove_checkpoint(storage: Storage) -> None:
-    """Removes a checkpoint, its commit mark first, so that what is left of an interrupted removal is none."""
+    """Removes a checkpoint, its commit mark first, so that what is left of an interrupted removal is none.
+
+    Args:
+        storage: its directory.
+    """
     if storage.is_link():
         storage.remove_all()
         return
@@ -234,7 +238,11 @@ def remove_checkpoint(storage: Storage) -> None:
 
 
 def remove_unfinished(folder: Storage) -> list[Storage]:
-    """Removes the saves of a folder that were cut off, and gives whole ones their names; returns the removed ones."""
+    """Removes the saves of a folder that were cut off, and gives whole ones their names; returns the removed ones.
+
+    Args:
+        folder: where one run alone saves.
+    """
     for name in folder.names():
         if (match := _UNNAMED.fullmatch(name)) is None or not folder.is_file(f"{name}/{META_FILENAME}"):
             continue

@@ -29,7 +29,11 @@ Reduction = Literal["log_sum_exp", "softplus_sum"]
 
 
 def process_group_of(tables: nn.Module | None) -> dist.ProcessGroup | None:
-    """The processes over which a collection's rows are spread; None where each process has them all."""
+    """The processes over which a collection's rows are spread; None where each process has them all.
+
+    Args:
+        tables: a collection, sharded or not; None means one process.
+    """
     if isinstance(engine := getattr(tables, "engine", None), DynamicEngine):
         return engine.group
     group = getattr(getattr(tables, "_env", None), "process_group", None)
@@ -37,7 +41,11 @@ def process_group_of(tables: nn.Module | None) -> dist.ProcessGroup | None:
 
 
 def all_processes_of(tables: nn.Module | None) -> dist.ProcessGroup | None:
-    """The processes that train together, whichever group of them has the rows; None of one process."""
+    """The processes that train together, whichever group of them has the rows; None of one process.
+
+    Args:
+        tables: a collection, sharded or not; None means one process.
+    """
     if isinstance(engine := getattr(tables, "engine", None), DynamicEngine):
         return engine.all_processes
     return process_group_of(tables)

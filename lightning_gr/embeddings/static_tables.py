@@ -59,7 +59,11 @@ def embedding_collection(tables: Sequence[EmbeddingConfig]) -> EmbeddingCollecti
 
 
 def is_static_collection(module: nn.Module) -> bool:
-    """Whether `module` is one of TorchRec's unsharded embedding collections, pooled or not."""
+    """Whether `module` is one of TorchRec's unsharded embedding collections, pooled or not.
+
+    Args:
+        module: any module.
+    """
     from torchrec import EmbeddingBagCollection, EmbeddingCollection
 
     return isinstance(module, EmbeddingCollection | EmbeddingBagCollection)

@@ -13,7 +13,12 @@ _last: tuple[ref[Any], ref[Any], BatchCounts, Any] | None = None
 
 
 def work_of(module: pl.LightningModule, batch: Any) -> tuple[BatchCounts, Any]:
-    """How much a batch holds, and what the module's ``flops(batch)`` says of it; None of a module without."""
+    """How much a batch holds, and what the module's ``flops(batch)`` says of it; None of a module without.
+
+    Args:
+        module: what trains the batch.
+        batch: as the loader gives it.
+    """
     global _last
     if _last is not None and _last[0]() is batch and _last[1]() is module:
         return _last[2], _last[3]

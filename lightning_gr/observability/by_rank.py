@@ -22,6 +22,9 @@ def by_rank(values: Mapping[str, float]) -> dict[str, list[float]]:
     """Each rank's value under each name; all ranks call it with the same names in the same order.
 
     It has a group of its own on the host, so that it neither waits for a device nor meets another collective.
+
+    Args:
+        values: this rank's, by name.
     """
     own = torch.tensor(list(values.values()), dtype=torch.float64)
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
@@ -34,7 +37,11 @@ def by_rank(values: Mapping[str, float]) -> dict[str, list[float]]:
 
 
 def is_log_step(trainer: pl.Trainer) -> bool:
-    """Whether metrics are logged after the batch that has just been trained; the same on all ranks."""
+    """Whether metrics are logged after the batch that has just been trained; the same on all ranks.
+
+    Args:
+        trainer: the one that trains.
+    """
     stepped = not trainer.fit_loop._should_accumulate()
     return bool(stepped and trainer._logger_connector.should_update_logs)
 
@@ -43,6 +50,10 @@ def log_values(trainer: pl.Trainer, values: Mapping[str, float]) -> None:
     """Writes to every logger of rank 0, at the step of Lightning's own metrics, and into ``trainer.callback_metrics``.
 
     A logger that fails costs one warning; training goes on.
+
+    Args:
+        trainer: the one that trains.
+        values: numbers by the names of their metrics.
     """
     trainer.callback_metrics.update({name: torch.tensor(float(value)) for name, value in values.items()})
     if not trainer.is_global_zero:

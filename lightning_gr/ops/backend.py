@@ -38,6 +38,10 @@ def use_backend(backend: Backend) -> Iterator[None]:
 def choose_backend(backend: Backend, device: torch.device) -> Backend:
     """The implementation to run: that of the call, else that of the enclosing `use_backend`, else the device's.
 
+    Args:
+        backend: what the call asks for; `auto` leaves it open.
+        device: where its tensors are.
+
     Returns:
         `reference`, `cpu` or `triton`.
 

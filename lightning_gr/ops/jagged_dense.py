@@ -13,6 +13,10 @@ from lightning_gr.ops.jagged import JaggedLayout
 def jagged_to_dense(x_T: Tensor, layout: JaggedLayout) -> Tensor:
     """Pads (T, ...) to (B, L, ...) with zeros; differentiable, any dtype.
 
+    Args:
+        x_T: (T, ...), sequences one after another.
+        layout: lengths of the B sequences, T tokens together.
+
     Raises:
         ValueError: `x_T` does not have the layout's tokens.
     """
@@ -24,6 +28,10 @@ def jagged_to_dense(x_T: Tensor, layout: JaggedLayout) -> Tensor:
 
 def dense_to_jagged(x_BL: Tensor, layout: JaggedLayout) -> Tensor:
     """Drops the padding of (B, L, ...): (T, ...); differentiable, any dtype.
+
+    Args:
+        x_BL: (B, L, ...), L the longest length of the layout.
+        layout: lengths of the B sequences, T tokens together.
 
     Raises:
         ValueError: `x_BL` does not have the layout's sequences and longest length.

@@ -350,6 +350,20 @@ def test_the_rates_source_is_said(caplog: pytest.LogCaptureFixture, monkeypatch:
     assert said_of(caplog, "peak rate")[0].endswith("is taken as 2.5 TFLOP/s (peak_tflops)")
 
 
+@pytest.mark.filterwarnings("always::RuntimeWarning")
+def test_a_peak_that_training_passes_was_measured_on_a_busy_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_gr.observability.peak_rate.measured_rate", lambda device, dtype: 1e-3)
+    own = MFUMonitor()
+    with pytest.warns(RuntimeWarning, match=r"reached .* TFLOP/s, above the 1e-15 measured for a peak"):
+        _, rows = fit(Counted(ForwardFlops(projections=1000, recomputed=500)), rows_of(4), own)
+    assert rows[0]["gr/hfu"] == pytest.approx(1)
+    assert rows[0]["gr/mfu"] == pytest.approx(3000 / 3500)
+    assert all(row["gr/hfu"] <= 1 + 1e-9 for row in rows)
+    told = MFUMonitor(peak_tflops=1e-15)  # what a user gives is kept
+    _, rows = fit(Counted(), rows_of(4), told)
+    assert rows[-1]["gr/mfu"] > 1
+
+
 def test_a_checkpoints_state_has_the_window_under_way() -> None:
     own = monitor()
     own._window = {"model": 7.0, "tokens": math.nan}

@@ -29,6 +29,9 @@ class FeatureConfig:
 def tables_of_features(features: Sequence[FeatureConfig]) -> list[DynamicTableConfig]:
     """A config for each table that the features name, in the order in which they do.
 
+    Args:
+        features: in any order; those of one table agree on its form.
+
     Raises:
         ValueError: features of one name, without a table, or that want one table in different forms.
     """

@@ -74,6 +74,9 @@ def jagged_split(x_T: Tensor, layouts: Sequence[JaggedLayout]) -> list[Tensor]:
 def concat_layout(layouts: Sequence[JaggedLayout]) -> JaggedLayout:
     """The layout of the joined sequences.
 
+    Args:
+        layouts: of what is joined, of B sequences each, in order.
+
     Raises:
         ValueError: no layouts, or they differ in the number of sequences or in device.
     """
