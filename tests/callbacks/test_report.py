@@ -283,5 +283,10 @@ def test_two_ranks(gloo: Any, tmp_path: Path) -> None:
     tokens = [row["tokens_mean"] * steps for row in run.facts["balance"]["dealt"]["lpt"]]
     assert tokens == pytest.approx([sum(of_rank) for _, of_rank in with_report])
     page = (tmp_path / "report" / "report.html").read_text()
-    for title in ("(MFU)", "Time of training", "Lengths of training sequences", "before and after balancing"):
+    for title in (
+        "Utilisation of the device",
+        "Time of training",
+        "Lengths of training sequences",
+        "before and after balancing",
+    ):
         assert title in page
