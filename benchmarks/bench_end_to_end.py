@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, help="5, or 3 with --quick; of plain_loop 3, or 1")
     parser.add_argument("--epochs", type=int, help="of each training of plain_loop: 5, or 4 with --quick; at least 2")
     parser.add_argument("--tokens", type=int, default=2048, help="of a batch of plain_loop")
-    parser.add_argument("--steps", type=int, help="that are timed, of each training of systems: 24, or 8 with --quick")
+    parser.add_argument("--steps", type=int, help="that are timed, of each training of systems: 32, or 24 with --quick")
     parser.add_argument("--quick", action="store_true", help="fewer repeats, and no other ways, batches and sizes")
     parser.add_argument("--dry", action="store_true", help="leave no row in the results")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
@@ -109,7 +109,7 @@ def main() -> None:
             )
     if "systems" in args.parts or "total" in args.parts:
         repeats = args.repeats or (3 if args.quick else 5)
-        result |= systems(args.parts, quick=args.quick, repeats=repeats, steps=args.steps or (8 if args.quick else 24))
+        result |= systems(args.parts, quick=args.quick, repeats=repeats, steps=args.steps or (24 if args.quick else 32))
         result["repeats"] = repeats
     print()
     for name, goal in (("speedup_vs_plain_loop", 1.5), ("speedup_systems", 1.6), ("speedup_total", None)):

@@ -30,7 +30,7 @@ from lightning_gr.cli.compare_statistics import Interval, interval
 
 WARM_UP = 3
 SIZES = {
-    "lookups": Size(embedding_dim=512, dim=64, num_layers=2, num_heads=2),
+    "lookups": Size(embedding_dim=512, dim=64, num_layers=2, num_heads=2, cost="tokens"),
     "compute": Size(embedding_dim=64, dim=256, num_layers=3, num_heads=4),
 }
 LATENCY, BANDWIDTH = 0.001, 100e6
@@ -160,7 +160,7 @@ def train(system: System, size: Size, *, steps: int, slow: bool, rows: dict[str,
 
     pl.seed_everything(1)
     rows_ahead: dict[str, Any] = {"sparse_update": "semi_async", "sync_steps": 2} if system.late else {}
-    balancing = Balancing(mode="exchange") if system.balanced else Balancing()
+    balancing = Balancing(mode="exchange", cost=size.cost) if system.balanced else Balancing()
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=world_size,

@@ -50,6 +50,7 @@ class Size:
         cap: most tokens of a sample.
         samples: of a process in a batch of fixed size.
         zipf: exponent of the items' popularity.
+        cost: by which `Balancing` deals out samples: tokens where looking up is most of the work, else FLOPs.
     """
 
     embedding_dim: int
@@ -61,6 +62,7 @@ class Size:
     cap: int = 1000
     samples: int = 8
     zipf: float = 1.05
+    cost: Literal["model", "tokens"] = "model"
 
 
 @dataclass(frozen=True)
