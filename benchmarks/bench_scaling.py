@@ -38,6 +38,7 @@ import torch
 import torch.distributed as dist
 from gloo_processes import World, cores_of_two
 from reporting import commit, device, publish
+from slow_network import LateWork
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 LAYERS, DIM, HEADS, NEGATIVES, ITEMS = 2, 256, 4, 32, 5_000
@@ -62,20 +63,6 @@ def write_logs(folder: str, steps: int, sequences: int) -> list[str]:
 
 
 # ---- a training, in each of its processes ----------------------------------------------------------------------------
-
-
-class LateWork(dist.Work):
-    """A collective that arrives at a time of `time.perf_counter`, or when it does, whichever is later."""
-
-    def __init__(self, inner: dist.Work, arrives: float) -> None:
-        super().__init__()
-        self._inner, self._arrives = inner, arrives
-
-    def wait(self, *timeout: Any) -> bool:
-        """Waits for both."""
-        done = self._inner.wait(*timeout)
-        time.sleep(max(self._arrives - time.perf_counter(), 0.0))
-        return done
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from gloo_processes import World
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from plain_lightning import TASK, Ranker, Samples, Size, System
+from slow_network import LateWork
 
 from lightning_gr.cli.compare_statistics import Interval, interval
 
@@ -63,20 +64,6 @@ WHOLE = "pipeline"
 
 
 # ---- a network -------------------------------------------------------------------------------------------------------
-
-
-class LateWork(dist.Work):
-    """A collective that arrives at a time of `time.perf_counter`, or when it does, whichever is later."""
-
-    def __init__(self, inner: dist.Work, arrives: float) -> None:
-        super().__init__()
-        self._inner, self._arrives = inner, arrives
-
-    def wait(self, *timeout: Any) -> bool:
-        """Waits for both."""
-        done = self._inner.wait(*timeout)
-        time.sleep(max(self._arrives - time.perf_counter(), 0.0))
-        return done
 
 
 @contextmanager

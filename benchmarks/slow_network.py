@@ -29,6 +29,20 @@ class Link:
     bandwidth: float
 
 
+class LateWork(dist.Work):
+    """A collective that arrives at a time of `time.perf_counter`, or when it does, whichever is later."""
+
+    def __init__(self, inner: dist.Work, arrives: float) -> None:
+        super().__init__()
+        self._inner, self._arrives = inner, arrives
+
+    def wait(self, *timeout: Any) -> bool:
+        """Waits for both."""
+        done = self._inner.wait(*timeout)
+        time.sleep(max(self._arrives - time.perf_counter(), 0.0))
+        return done
+
+
 class Waits:
     """Seconds during which the main thread has waited."""
 
