@@ -88,10 +88,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_run_left_behind() -> Iterator[None]:
-    """Takes back what a run in this process said of its place, or the next process would look for its port."""
+    """Takes back a run in this process: its process group, and its place, whose port the next process would look for."""
     yield
     for name in PLACE_IN_A_RUN:
         os.environ.pop(name, None)
+    # What torchmetrics and others do depends on whether there is a group. Not imported for tests that have not.
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 class GlooPool:
