@@ -20,7 +20,7 @@ help:
 	@echo "make demo [DATA=events.csv]  train on two processes and show recommendations"
 	@echo "make test                    tests that need no GPU"
 	@echo "make test-all                the same with the long ones"
-	@echo "make bench [PARTS='a b']     the benchmarks, their rows and pages; under 40 minutes with nothing beside it"
+	@echo "make bench [PARTS='a b'] [DATA=sequences.txt]  the benchmarks, their rows and pages; alone under 40 minutes"
 	@echo "make bench-peers [DATA=sequences.txt] [EPOCHS=e] [SECONDS=s]  beside other libraries, each in its own environment"
 	@echo "make lint                    ruff and mypy"
 	@echo "make docs                    the site of docs/ in site/, links checked"
@@ -37,7 +37,7 @@ test-all: $(STAMP)
 	@OMP_NUM_THREADS=1 $(RUN) -m pytest -q -m "not gpu" -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 bench: $(STAMP)
-	@$(RUN) benchmarks/run_all.py $(if $(PARTS),--only $(PARTS))
+	@$(RUN) benchmarks/run_all.py $(if $(PARTS),--only $(PARTS)) $(if $(DATA),--data "$(DATA)")
 
 bench-peers: $(STAMP)
 	@$(RUN) benchmarks/peers/bench_peers.py $(if $(DATA),--data "$(DATA)") $(if $(EPOCHS),--epochs $(EPOCHS)) \

@@ -7,7 +7,8 @@ python benchmarks/bench_end_to_end.py [--data amazon_beauty_sequences.txt] [--pa
 ours: HSTU, d = 64, 2 layers, histories of 50, full softmax over all items, the same tokens a batch, two cores. The loop
 is padded, bucketed by length, its logits a matrix, two threads; ours is `RetrievalModule` under Lightning's Trainer
 with `SequenceBalancedStrategy`. Both are tested with the same ranking: Recall@10 after as many epochs, and the memory
-that training adds. Without `--data` the log is a synthetic one of as many users, items and events as Amazon Beauty.
+that training adds; each repeat has another seed. Without `--data` the log is a synthetic one of as many users, items
+and events as Amazon Beauty.
 
 `systems` (end_to_end_systems.py, plain_lightning.py): `speedup_systems`, tokens a second of two processes with all
 parts of the system over those of the plain Lightning way, both with our attention; and each part's own share, from the
@@ -73,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="Amazon Beauty, `user item item ...` a line; else a synthetic log")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="all by default")
-    parser.add_argument("--repeats", type=int, help="5, or 3 with --quick; of plain_loop 3, or 1")
+    parser.add_argument("--repeats", type=int, help="5, or 3 with --quick; of plain_loop 3")
     parser.add_argument("--epochs", type=int, help="of each training of plain_loop: 5, or 4 with --quick; at least 2")
     parser.add_argument("--tokens", type=int, default=2048, help="of a batch of plain_loop")
     parser.add_argument("--steps", type=int, help="that are timed, of each training of systems: 32, or 24 with --quick")
@@ -104,7 +105,7 @@ def main() -> None:
                 str(path),
                 tokens=args.tokens,
                 epochs=args.epochs or (4 if args.quick else 5),
-                repeats=args.repeats or (1 if args.quick else 3),
+                repeats=args.repeats or 3,
                 thorough=not args.quick,
             )
     if "systems" in args.parts or "total" in args.parts:

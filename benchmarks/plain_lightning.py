@@ -1,8 +1,8 @@
 """A ranking model over wide tables, and its samples, whose system is plain or lightning-gr's; for bench_end_to_end.
 
 Samples come by an ordinary `DataLoader` with a fixed number of samples a batch, as a Lightning user has it. An event
-has six categories, whose embeddings stand side by side and are made a token; HSTU encodes the tokens; each token's
-click is predicted. MTGenRec's models (arXiv 2505.12663, table 6) are of this kind, and are measured with embeddings up
+has six categories, the sum of whose embeddings is made a token; HSTU encodes the tokens; each token's click is
+predicted. MTGenRec's models (arXiv 2505.12663, table 6) are of this kind, and are measured with embeddings up
 to 64 times as wide as at first.
 
 Shape suffixes: S samples, B sequences of a batch, T tokens, E width of an embedding, D width of the encoder.
@@ -11,6 +11,7 @@ Shape suffixes: S samples, B sequences of a batch, T tokens, E width of an embed
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -160,7 +161,7 @@ class Ranker(pl.LightningModule):
     def __init__(self, *, system: System, size: Size, rows: dict[str, int] | None = None) -> None:
         super().__init__()
         self.system, self.size, self.rows = system, size, rows or FIELDS
-        self.project = nn.Linear(len(self.rows) * size.embedding_dim, size.dim)
+        self.project = nn.Linear(size.embedding_dim, size.dim)
         self.encoder = HSTUEncoder(
             dim=size.dim, num_layers=size.num_layers, num_heads=size.num_heads, max_length=size.cap, dropout=0.0
         )
@@ -198,7 +199,7 @@ class Ranker(pl.LightningModule):
     @override
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         looked_up = self.tables(batch.features)
-        x_TD = self.project(torch.cat([looked_up[name].values() for name in self.rows], dim=1))
+        x_TD = self.project(reduce(torch.add, (looked_up[name].values() for name in self.rows)))
         with use_backend(self.system.backend):
             states_TD = self.encoder(
                 x_TD, layout=batch.layout, mask=IntervalMask.causal(batch.layout), times_T=batch.timestamps_T

@@ -11,13 +11,14 @@ the position table, I items.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 TableOptimizer = Literal["adamw", "adagrad"]
@@ -188,8 +189,17 @@ def optimizers(model: PlainHSTU, table: TableOptimizer, *, lr: float, table_lr: 
     ]
 
 
+def warm_ups(step_with: list[torch.optim.Optimizer], steps: int) -> list[LambdaLR]:
+    """Schedules of rates that rise for so many steps, then stay."""
+    return [LambdaLR(each, lambda step: min(1.0, (step + 1) / (steps + 1))) for each in step_with]
+
+
 def train_epoch(
-    model: PlainHSTU, of: list[Example], tokens: int, step_with: list[torch.optim.Optimizer]
+    model: PlainHSTU,
+    of: list[Example],
+    tokens: int,
+    step_with: list[torch.optim.Optimizer],
+    schedules: Sequence[LambdaLR] = (),
 ) -> tuple[float, float]:
     """Trains on all examples once; returns seconds and the mean loss of its steps."""
     began, losses = time.perf_counter(), []
@@ -199,8 +209,8 @@ def train_epoch(
             optimizer.zero_grad(set_to_none=True)
         loss = model(history_BL, target_BL)
         loss.backward()
-        for optimizer in step_with:
-            optimizer.step()
+        for each in (*step_with, *schedules):
+            each.step()
         losses.append(float(loss.detach()))
     return time.perf_counter() - began, sum(losses) / len(losses)
 

@@ -114,7 +114,7 @@ FILTERS = {
     "millions": lambda value: f"{value / 1e6:.2f} M" if value < 1e6 else f"{value / 1e6:.1f} M",
     "percent": lambda value, digits=0: f"{written(value * 100, digits)} %",
     "times": lambda value, factor: value * factor,
-    "pm": lambda row, name: f"{written(row[name], 2)} ± {written(row[f'{name}_half_width'], 2)}",
+    "pm": lambda row, name, digits=2: f"{written(row[name], digits)} ± {written(row[f'{name}_half_width'], digits)}",
 }
 
 

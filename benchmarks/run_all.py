@@ -1,10 +1,11 @@
 """Runs the benchmarks one after the other, then makes the pages of their figures: what ``make bench`` calls.
 
-python benchmarks/run_all.py [--list] [--only NAME ...] [--all]
+python benchmarks/run_all.py [--list] [--only NAME ...] [--all] [--data amazon_beauty_sequences.txt]
 
 Each part is a script of its own, run as the command that its line names; its output goes to ``outputs/bench/NAME.log``
 and its row to ``benchmarks/results``. A part that fails or takes too long does not stop the others; the exit code says
-that one did. Nothing else should run on the machine. `--all` adds the parts that take longer than all others together.
+that one did. Nothing else should run on the machine. `--all` adds the parts that take longer than all others together;
+`--data` is the log of those that can train on a real one, of which there are synthetic ones else.
 """
 
 from __future__ import annotations
@@ -42,11 +43,12 @@ class Part:
     environment: dict[str, str] = field(default_factory=dict)
     limit_s: float = 900
     on_request: bool = False
+    takes_data: bool = False
 
 
 ONE, TWO = {"OMP_NUM_THREADS": "1"}, {"OMP_NUM_THREADS": "2"}
 PARTS = (
-    Part("end_to_end", "bench_end_to_end.py --quick --json", "end_to_end"),
+    Part("end_to_end", "bench_end_to_end.py --quick --json", "end_to_end", limit_s=1800, takes_data=True),
     Part("attention", "bench_attention.py --json", "attention"),
     Part("layer_ops", "bench_layer_ops.py --json", "layer_ops"),
     Part("softmax", "bench_softmax.py --json", "softmax"),
@@ -70,16 +72,18 @@ PARTS = (
     Part("cli", "bench_cli.py --json", "cli"),
     Part("scale", "bench_scale.py --json", "scale"),
     Part("fault_injection", "fault_injection.py --json", "fault_injection", limit_s=2400, on_request=True),
-    Part("end_to_end_whole", "bench_end_to_end.py --json", "end_to_end", limit_s=3600, on_request=True),
+    Part("end_to_end_whole", "bench_end_to_end.py --json", "end_to_end", {}, 3600, on_request=True, takes_data=True),
 )
 
 
-def run(part: Part) -> str | None:
-    """Runs a part; None where it went well and left a row, else what went wrong."""
+def run(part: Part, data: Path | None = None) -> str | None:
+    """Runs a part, on a real log where it takes one; None where it went well and left a row, else what went wrong."""
     LOGS.mkdir(parents=True, exist_ok=True)
     rows = len(rows_of(RESULTS, part.result))
     command = [sys.executable, *shlex.split(part.command)]
     command[1] = str(ROOT / "benchmarks" / command[1])
+    if data is not None and part.takes_data:
+        command += ["--data", str(data.resolve())]
     with (LOGS / f"{part.name}.log").open("w") as log:
         process = subprocess.Popen(
             command,
@@ -119,7 +123,10 @@ def main() -> int:
     parser.add_argument("--list", action="store_true", help="name the parts and their commands, and end")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="these parts alone")
     parser.add_argument("--all", action="store_true", help="those that take long, too")
+    parser.add_argument("--data", type=Path, help="a log, `user item item ...` a line")
     args = parser.parse_args()
+    if args.data is not None and not args.data.is_file():
+        parser.error(f"--data={args.data}: no such file")
     console = Console(highlight=False)
     if args.list:
         table = Table("part", "command", "")
@@ -136,7 +143,7 @@ def main() -> int:
     for place, part in enumerate(parts, 1):
         console.print(f"[dim]{place:>2}/{len(parts)}[/dim] {part.name:<20}", end="")
         start = time.monotonic()
-        problem = run(part)
+        problem = run(part, args.data)
         seconds = f"{time.monotonic() - start:>5.0f} s  "
         if problem:
             failed.append(part.name)

@@ -20,14 +20,14 @@ from typing_extensions import override
 
 from lightning_gr.data import SequenceDataModule
 from lightning_gr.layers import HSTUEncoder
-from lightning_gr.models import RetrievalModule
+from lightning_gr.models import RetrievalModule, WarmupSchedule
 from lightning_gr.plugins import SequenceBalancedStrategy
 from lightning_gr.substrate import require_torchrec
 
 require_torchrec()
 warnings.filterwarnings("ignore")
 logging.disable(logging.WARNING)
-TEMPERATURE, DENSE_LR, TABLE_LR, DROPOUT = 0.07, 0.004, 0.03, 0.3
+TEMPERATURE, DENSE_LR, TABLE_LR, DROPOUT, WARM_UP = 0.07, 0.004, 0.03, 0.3, 50
 PARTS: tuple[Part, Part] = ("val", "test")
 
 
@@ -103,6 +103,7 @@ class LightningGR:
             temperature=TEMPERATURE,
             top_k=[TOP_K],
             optimizer=lambda params: torch.optim.AdamW(params, lr=DENSE_LR, weight_decay=0.0, fused=True),
+            lr_scheduler=lambda optimizer: WarmupSchedule(optimizer, warmup_steps=WARM_UP),
         )
         self.data = ListedData(
             path=args.data, global_tokens=args.tokens, eval_global_tokens=16_384, max_length=args.max_length

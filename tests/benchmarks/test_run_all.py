@@ -70,6 +70,22 @@ def test_parts_that_take_long_run_when_asked_for_by_name_alone(small, monkeypatc
     assert "1 of 1" in capsys.readouterr().out
 
 
+def test_a_log_goes_to_the_parts_that_take_one(small, tmp_path, monkeypatch, capsys):
+    small("on_it", "import sys; assert sys.argv[1:] == ['--json', '--data', sys.argv[-1]]\n" + ROW.format("on_it"))
+    small("without", "import sys; assert sys.argv[1:] == ['--json']\n" + ROW.format("without"))
+    parts = (
+        Part("on_it", "on_it.py --json", "on_it", takes_data=True),
+        Part("without", "without.py --json", "without"),
+    )
+    monkeypatch.setattr(run_all, "PARTS", parts)
+    monkeypatch.setattr(sys, "argv", ["run_all.py", "--data", str(tmp_path / "log.txt")])
+    with pytest.raises(SystemExit):
+        run_all.main()
+    assert "no such file" in capsys.readouterr().err
+    (tmp_path / "log.txt").touch()
+    assert run_all.main() == 0
+
+
 def test_a_part_that_does_not_exist_is_refused(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["run_all.py", "--only", "atention"])
     with pytest.raises(SystemExit):
