@@ -28,6 +28,7 @@ class Goal:
 
 GOALS = (
     Goal("end_to_end", "speedup_vs_plain_loop", 1.5, "an epoch of Beauty against a plain padded PyTorch loop"),
+    Goal("peers", "speedup_vs_fastest_peer", 3, "an epoch of Beauty against the fastest peer"),
     Goal("end_to_end", "speedup_systems", 1.6, "the system against DDP with static tables, same attention"),
     Goal("attention", "fraction_of_peak", 0.4, "attention, forward and backward: share of the peak"),
     Goal("attention", "speedup_vs_reference", 40, "attention against the padded reference"),
