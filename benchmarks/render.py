@@ -28,6 +28,7 @@ WORDS = ("date", "commit", "machine", "versions")  # a commit such as 12e5 is no
 BEGIN, END = "<!-- speeds: made by make bench -->", "<!-- end of speeds -->"
 IN_README = (
     ("end_to_end", "speedup_vs_plain_loop"),
+    ("peers", "speedup_vs_fastest_peer"),
     ("end_to_end", "speedup_systems"),
     ("attention", "speedup_vs_reference"),
     ("softmax", "softmax_speedup"),

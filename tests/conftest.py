@@ -88,7 +88,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def _no_run_left_behind() -> Iterator[None]:
-    """Takes back a run in this process: its process group, and its place, whose port the next process would look for."""
+    """Takes back a run in this process: its group, and its place, whose port the next process would look for."""
     yield
     for name in PLACE_IN_A_RUN:
         os.environ.pop(name, None)

@@ -87,6 +87,7 @@ def test_parquet_of_another_system(folder: Path, tmp_path: Path) -> None:
     assert "sound; 2 users" in run(words(COMMANDS[5]), tmp_path)
 
 
+@pytest.mark.long  # tests/docs parses each of these blocks
 def test_its_settings_of_fit_are_settings(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

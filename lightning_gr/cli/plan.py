@@ -115,13 +115,15 @@ class Row:
 
     Args:
         deal: balance.
-        forward_flops: of the mean rank in a step; backward has twice as many.
+        forward_flops: of the mean rank in a step.
+        backward_flops: the same of backward.
         exchange: bytes that a rank sends in a step.
         memory: bytes on the fullest rank.
     """
 
     deal: Deal
     forward_flops: float | None
+    backward_flops: float | None
     exchange: Exchange | None
     memory: Footprint
 
@@ -195,6 +197,7 @@ class Figures:
             scores=scores,
         )
         flops = cost_of(model)
+        stepped = plan_network.step_flops(model, samples)
         num_dense = sum(p.numel() for p in dense)
         rows = []
         shown = {*DEFAULT_RANKS, recipe.ranks} if ranks is None else {*ranks}
@@ -213,11 +216,14 @@ class Figures:
                 tokens_per_rank=at_once,
             )
             own_tokens = dealt.batch_tokens / n / dealt.micro_steps
-            forward = exchanged = None
-            if flops != TOKENS:
+            forward = backward = exchanged = None
+            if stepped is not None:
+                forward, backward = (x * dealt.batch_tokens / n for x in stepped)
+            elif flops != TOKENS:
                 forward = lengths.total(flops) / plan.num_tokens * dealt.batch_tokens / n
                 if scores is not None:
                     forward += dealt.micro_steps * scores.forward_flops(own_tokens, n)
+                backward = 2 * forward
             if samples is not None:
                 share = own_tokens / samples.num_tokens
                 exchanged = plan_memory.exchange(
@@ -229,7 +235,7 @@ class Figures:
                     tokens=own_tokens,
                     micro_steps=dealt.micro_steps,
                 )
-            rows.append(Row(dealt, forward, exchanged, memory.on(n, dealt.most_tokens)))
+            rows.append(Row(dealt, forward, backward, exchanged, memory.on(n, dealt.most_tokens)))
             if limit is not None and n == limited:
                 memory.refuse(limit, ranks=n, tokens=dealt.most_tokens, longest=lengths.longest)
             if n == (limited if limited in shown else max(shown)):

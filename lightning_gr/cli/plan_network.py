@@ -39,12 +39,15 @@ class Activations:
         per_corpus_row: for each row of the corpus that the rank scores against.
         constant: whatever the batch.
         recomputes: whether layers are computed again, so that one layer's activations are there at a time.
+        by_episode: whether `constant` is of the first global batch's longest episode, since episodes are adapted one
+            after the other.
     """
 
     per_token: float
     per_corpus_row: float
     constant: float
     recomputes: bool = False
+    by_episode: bool = False
 
     def bytes_of(self, tokens: float, corpus_rows: float = 0.0) -> float:
         """Of a batch."""
@@ -85,6 +88,10 @@ def measure_activations(model: nn.Module, plan: GlobalBatchPlan, dims: dict[str,
         bf16: whether under bf16 autocast.
     """
     model.train()
+    if adapts_apart(model):
+        ids_N = plan.epoch(0).samples(0)
+        longest = collated(model, plan, ids_N[plan.index.token_counts(ids_N).argmax()][None])
+        return Activations(0.0, 0.0, kept_bytes(model, longest, dims, bf16=bf16), by_episode=True)
     budget = min(_TOKENS, int(plan.num_tokens / plan.num_batches))
     small, large = (collated(model, plan, first_samples(plan, tokens)) for tokens in (budget // 3, budget))
 
@@ -121,9 +128,10 @@ def measure_activations(model: nn.Module, plan: GlobalBatchPlan, dims: dict[str,
 def kept_bytes(
     model: nn.Module, batch: SequenceBatch, dims: dict[str, int], *, bf16: bool = False, corpus_rows: int | None = None
 ) -> int:
-    """Bytes that autograd keeps of a forward pass, each tensor once; parameters and scores of candidates left out.
+    """The most bytes that autograd keeps at a time of a loss, each tensor once; parameters and scores left out.
 
-    Neither do rows count that wait in host memory.
+    That is of a forward pass, and of an inner loop the most of its passes that are kept together. Rows that wait
+    in host memory do not count either.
 
     Scores are left out since they are not linear in tokens and are made in chunks beyond a size.
     """
@@ -132,20 +140,72 @@ def kept_bytes(
     from lightning_gr.negatives.host_memory import noted_host_memory
 
     own = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()] if not p.is_meta}
-    kept: dict[int, int] = {}
+    kept = _Kept()
     num_candidates, num_queries = num_scored(model, batch), sum(x.num_labels for x in batch.labels.values())
 
-    def keep(tensor: Tensor) -> Tensor:
+    def keep(tensor: Tensor) -> _Saved:
         storage = tensor.untyped_storage()
         scores = num_candidates > 0 and tensor.shape == (num_queries, num_candidates)
-        if storage.data_ptr() not in own and storage.data_ptr() not in of_host and not scores:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        counts = storage.data_ptr() not in own and storage.data_ptr() not in of_host and not scores
+        return _Saved(tensor, kept if counts else None)
 
-    with noted_host_memory() as of_host, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with noted_host_memory() as of_host, torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved.tensor):
         loss = loss_of(model, batch, random_rows(batch, dims), bf16=bf16)
     loss.backward()
-    return sum(kept.values())
+    return kept.most
+
+
+class _Kept:
+    """Bytes of the storages that saved tensors have now, and the most they ever were."""
+
+    def __init__(self) -> None:
+        self.holders: dict[int, int] = {}
+        self.now = self.most = 0
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        place = storage.data_ptr()
+        self.holders[place] = self.holders.get(place, 0) + 1
+        self.now += storage.nbytes() * (self.holders[place] == 1)
+        self.most = max(self.most, self.now)
+
+    def drop(self, storage: torch.UntypedStorage) -> None:
+        place = storage.data_ptr()
+        self.holders[place] -= 1
+        if not self.holders[place]:
+            del self.holders[place]
+            self.now -= storage.nbytes()
+
+
+class _Saved:
+    """A saved tensor, which counts for as long as its graph is there.
+
+    Args:
+        tensor: what is saved.
+        kept: where it counts; None if nowhere.
+    """
+
+    def __init__(self, tensor: Tensor, kept: _Kept | None) -> None:
+        self.tensor, self.kept = tensor, kept
+        if kept is not None:
+            kept.add(tensor.untyped_storage())
+
+    def __del__(self) -> None:
+        if self.kept is not None:
+            self.kept.drop(self.tensor.untyped_storage())
+
+
+def adapts_apart(model: Any) -> bool:
+    """Whether a model has an inner loop that takes one episode after the other."""
+    return hasattr(model, "adapted_loss") and model.adapts_apart
+
+
+def step_flops(model: Any, batch: SequenceBatch | None) -> tuple[float, float] | None:
+    """Forward and backward operations a token of a step with an inner loop, from a batch; None where there is none."""
+    count = getattr(model, "step_flops", None)
+    if count is None or batch is None:
+        return None
+    found = count(batch)
+    return None if found is None else (found[0] / batch.num_tokens, found[1] / batch.num_tokens)
 
 
 def num_scored(model: nn.Module, batch: SequenceBatch) -> int:
@@ -165,6 +225,9 @@ def random_rows(batch: SequenceBatch, dims: dict[str, int]) -> dict[str, Tensor]
 def loss_of(model: Any, batch: SequenceBatch, rows: dict[str, Tensor], *, bf16: bool = False) -> Tensor:
     """The training loss on rows that stand for looked-up ones."""
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        if hasattr(model, "adapted_loss"):
+            loss: Tensor = model.adapted_loss(rows, batch)[0]
+            return loss
         return batch.mean_over_global_batch(model.loss_sums(model.score(rows, batch), batch))
 
 

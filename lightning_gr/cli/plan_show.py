@@ -163,8 +163,8 @@ def _ranks(figures: Figures) -> Table:
         table.add_column(name, justify="right")
     table.add_column("activa-\ntions", justify="right")
     for row in figures.rows:
-        flops, sent, held = row.forward_flops, row.exchange, row.memory
-        work = ["-", "-"] if flops is None else [f"{x / 10**power:,.1f}" for x in (flops, 2 * flops)]
+        sent, held = row.exchange, row.memory
+        work = ["-" if x is None else f"{x / 10**power:,.1f}" for x in (row.forward_flops, row.backward_flops)]
         sizes = [None, None] if sent is None else [sent.total - sent.dense, sent.dense]
         table.add_row(
             f"{row.deal.ranks:,}{'*' * (row.deal.ranks == figures.recipe.ranks)}",
@@ -200,8 +200,11 @@ def _of_ranks(figures: Figures) -> list[str]:
         again = ", layers computed again in backward" if memory.activations.recomputes else ""
         # Operators of the CPU keep fp32 where those of a GPU keep bf16.
         of = "bf16-mixed on a CPU, so at most" if figures.recipe.bf16 else "fp32"
+        size = f"{gib(memory.activations.per_token)} a token"
+        if memory.activations.by_episode:
+            size = f"{gib(memory.activations.constant)} for the longest episode, one at a time"
         lines.append(
-            f"activations: {gib(memory.activations.per_token)} a token, measured in {of}{again}, on the fullest rank; "
+            f"activations: {size}, measured in {of}{again}, on the fullest rank; "
             "work space of kernels and libraries comes on top"
         )
     if figures.rows[0].forward_flops is None:
@@ -311,7 +314,7 @@ def as_dict(figures: Figures) -> dict[str, Any]:
             asdict(row.deal)
             | {
                 "forward_flops": row.forward_flops,
-                "backward_flops": None if row.forward_flops is None else 2 * row.forward_flops,
+                "backward_flops": row.backward_flops,
                 "exchange": None if row.exchange is None else asdict(row.exchange) | {"total": row.exchange.total},
                 "memory": asdict(row.memory) | {"total": row.memory.total},
             }

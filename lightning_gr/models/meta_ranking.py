@@ -253,8 +253,12 @@ class MetaRankingModule(RankingModule):
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
         """Takes episodes apart, while the batch is on the host."""
         batch = super().on_before_batch_transfer(batch, dataloader_idx)
-        apart = self.inner_steps > 0 and any(not name.startswith(ROWS) for name in self.adapted_names())
-        return episode_batch(batch, self._tables(), apart=apart)
+        return episode_batch(batch, self._tables(), apart=self.adapts_apart)
+
+    @property
+    def adapts_apart(self) -> bool:
+        """Whether each episode is adapted by itself, as dense parameters are; rows of all are adapted at once."""
+        return self.inner_steps > 0 and any(not name.startswith(ROWS) for name in self.adapted_names())
 
     def _rows(self, embedded: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """By table, the looked-up values of all its features, one feature after the other."""
@@ -321,7 +325,22 @@ class MetaRankingModule(RankingModule):
     @override
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:
         assert isinstance(batch, EpisodeBatch)
-        rows, scored = self._rows(self.embed(batch)), self._scored()
+        value, total = self.adapted_loss(self.embed(batch), batch)
+        num_labels = sum(x.num_labels for x in batch.queries.labels.values()) if batch.num_samples else 0
+        mean, size = total / max(num_labels, 1), max(batch.num_samples, 1)
+        self.train_loss.update(mean, num_labels)
+        self.log("train/loss", mean, on_step=True, on_epoch=False, batch_size=size)
+        self.log("train/loss_epoch", self.train_loss, on_step=False, on_epoch=True, batch_size=size)
+        return value
+
+    def adapted_loss(self, embedded: Mapping[str, Tensor], batch: EpisodeBatch) -> tuple[Tensor, Tensor]:
+        """The training loss after the inner loop, differentiable, and the sum of the queries' losses without a graph.
+
+        Args:
+            embedded: what `embed` gave for the batch.
+            batch: of which each query has one support.
+        """
+        rows, scored = self._rows(embedded), self._scored()
         parameters = dict(scored.named_parameters()) | {STEPS + name: x for name, x in self.step_sizes.items()}
         outer = {name: x for name, x in parameters.items() if x.requires_grad}
         outer |= {ROWS + table: x for table, x in rows.items()}
@@ -337,12 +356,7 @@ class MetaRankingModule(RankingModule):
         for group in groups:
             loss, sums = self._learn(scored, self._values(dense, rows, group), group, gradients)
             value, total = value + loss, total + torch.stack(list(sums.values())).sum()
-        num_labels = sum(x.num_labels for group in groups for x in group.query.batch.labels.values())
-        mean, size = total / max(num_labels, 1), max(batch.num_samples, 1)
-        self.train_loss.update(mean, num_labels)
-        self.log("train/loss", mean, on_step=True, on_epoch=False, batch_size=size)
-        self.log("train/loss_epoch", self.train_loss, on_step=False, on_epoch=True, batch_size=size)
-        return with_gradient(value, gradients, outer)
+        return with_gradient(value, gradients, outer), total
 
     def _learn(
         self, scored: Scored, values: dict[str, Tensor], group: EpisodeGroup, gradients: dict[str, Tensor]
@@ -446,6 +460,23 @@ class MetaRankingModule(RankingModule):
         return ForwardFlops(
             **{x.name: sum(getattr(one, x.name) for one in counted) for x in dataclasses.fields(ForwardFlops)}
         )
+
+    def step_flops(self, batch: SequenceBatch) -> tuple[int, int] | None:
+        """Operations of a training step's forward and backward passes; None for a network that does not count its own.
+
+        A backward pass has twice its forward's. With ``order: second`` the outer gradient goes back through both of an
+        inner step, which is twice as much as they were together: eight forwards of each in all. It is a bound: what no
+        gradient needs (that of the first layer's input, of what is not adapted) is counted too.
+        """
+        assert isinstance(batch, EpisodeBatch)
+        counted = self.flops(batch)
+        if counted is None:
+            return None
+        forward = int(counted.forward)
+        queries = [group.query.batch for own in batch.groups.values() for group in own]
+        query = sum(int(x.forward) for x in map(super().flops, queries) if x is not None)
+        inner = forward - query
+        return forward, {"first": 2 * forward, "second": 8 * inner + 2 * query, "reptile": 2 * inner}[self.order]
 
     def _passes(self, group: EpisodeGroup) -> list[SequenceBatch]:
         """The batches that a group's training step computes forward."""

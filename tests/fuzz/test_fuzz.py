@@ -54,7 +54,7 @@ def test_checkpoints_whose_files_are_changed_are_refused(gloo: Any, tmp_path: Pa
     chain = checkpoints.Chain(tmp_path)
     outcomes = set[str]()
 
-    @_few(25)
+    @_few(12)
     @hypothesis.given(checkpoints.CHECKPOINTS.inputs)
     def run(asked: dict[str, Any]) -> None:
         outcomes.add(chain.check(asked))
