@@ -19,8 +19,9 @@ narrow and whose layers are wide.
 
 `total`: `speedup_total`, the same over the plain way with padded reference attention.
 
-Forms that are compared take turns; intervals are Student's t at 95 %, of ratios within a repeat; of `plain_loop` of
-each epoch but the first. Nothing else should run on the machine.
+Forms that are compared take turns. Intervals are Student's t at 95 %: of `plain_loop` over the ratios of each epoch but
+the first; of the others over the ratios of steps with the same samples, each step's time the median of the repeats.
+Nothing else should run on the machine.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="Amazon Beauty, `user item item ...` a line; else a synthetic log")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="all by default")
-    parser.add_argument("--repeats", type=int, help="5, or 3 with --quick; of plain_loop 3")
+    parser.add_argument("--repeats", type=int, help="5, of plain_loop 3")
     parser.add_argument("--epochs", type=int, help="of each training of plain_loop: 5, or 4 with --quick; at least 2")
     parser.add_argument("--tokens", type=int, default=2048, help="of a batch of plain_loop")
     parser.add_argument("--steps", type=int, help="that are timed, of each training of systems: 32, or 24 with --quick")
@@ -109,7 +110,7 @@ def main() -> None:
                 thorough=not args.quick,
             )
     if "systems" in args.parts or "total" in args.parts:
-        repeats = args.repeats or (3 if args.quick else 5)
+        repeats = args.repeats or 5
         result |= systems(args.parts, quick=args.quick, repeats=repeats, steps=args.steps or (24 if args.quick else 32))
         result["repeats"] = repeats
     print()

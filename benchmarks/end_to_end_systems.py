@@ -111,7 +111,7 @@ def network(latency: float, bandwidth: float, sent: list[int]) -> Iterator[None]
 
 
 def train(system: System, size: Size, *, steps: int, slow: bool, rows: dict[str, int] | None = None) -> dict[str, Any]:
-    """Trains an epoch; returns seconds after the first steps, tokens of each step, bytes sent, and the sum of losses.
+    """Trains an epoch; returns seconds of each step but the first, tokens of each, bytes sent, and the sum of losses.
 
     Args:
         system: which parts are lightning-gr's.
@@ -167,7 +167,7 @@ def train(system: System, size: Size, *, steps: int, slow: bool, rows: dict[str,
     with network(LATENCY if slow else 0.0, BANDWIDTH if slow else math.inf, sent):
         trainer.fit(Ranker(system=system, size=size, rows=rows), samples.loader(size.samples))
     return {
-        "seconds": starts[-1] - starts[WARM_UP],
+        "seconds": np.diff(starts[WARM_UP:]),
         "processor": processor[-1] - processor[WARM_UP],
         "tokens": tokens,
         "sent": sent[0],
@@ -178,26 +178,26 @@ def train(system: System, size: Size, *, steps: int, slow: bool, rows: dict[str,
 # ---- what is compared ------------------------------------------------------------------------------------------------
 
 
-def measure(world: World, system: System, size: Size, *, steps: int, slow: bool) -> dict[str, float]:
-    """One training of two processes: its rate, and what explains it."""
+def measure(world: World, system: System, size: Size, *, steps: int, slow: bool) -> dict[str, Any]:
+    """One training of two processes: seconds and tokens of each timed step, and what explains them."""
     runs = world.train(system, size, steps=steps, slow=slow)
     tokens = np.array([run["tokens"] for run in runs])
     timed, total = tokens[:, WARM_UP:], int(tokens.sum())
     return {
-        "rate": timed.sum() / max(run["seconds"] for run in runs),
+        "seconds": np.mean([run["seconds"] for run in runs], axis=0),
+        "tokens": tokens.sum(0),
         "processor_ms": 1e3 * sum(run["processor"] for run in runs) / timed.size,
         "sent_mb": sum(run["sent"] for run in runs) / tokens.size / 1e6,
         "waits": 1 - timed.mean(0).sum() / timed.max(0).sum(),
-        "tokens": total,
         "loss": sum(run["loss"] for run in runs) / total,
     }
 
 
 def compare(
     world: World, size: Size, names: Sequence[str], *, steps: int, repeats: int, slow: bool
-) -> dict[str, list[dict[str, float]]]:
+) -> dict[str, list[dict[str, Any]]]:
     """Measurements of forms that take turns, by name."""
-    of, found = forms(), {name: [] for name in names}  # type: dict[str, System], dict[str, list[dict[str, float]]]
+    of, found = forms(), {name: [] for name in names}  # type: dict[str, System], dict[str, list[dict[str, Any]]]
     for _ in range(repeats):
         for name in names:
             found[name].append(measure(world, of[name], size, steps=steps, slow=slow))
@@ -205,26 +205,31 @@ def compare(
     return found
 
 
-def check(found: dict[str, list[dict[str, float]]]) -> None:
-    """That all forms have trained the same samples to about the same loss.
+def check(found: dict[str, list[dict[str, Any]]]) -> None:
+    """That all forms have trained the same samples in each step, to about the same loss.
 
     Raises:
         SystemExit: they have not.
     """
     first = {name: runs[0] for name, runs in found.items()}
-    if len({run["tokens"] for run in first.values()}) != 1:
+    if len({tuple(run["tokens"]) for run in first.values()}) != 1:
         raise SystemExit(f"the forms do not train the same samples: { {n: x['tokens'] for n, x in first.items()} }")
     losses = {name: run["loss"] for name, run in first.items()}
     if not all(math.isfinite(x) for x in losses.values()) or max(losses.values()) > 1.05 * min(losses.values()):
         raise SystemExit(f"the forms do not train to the same loss: {losses}")
 
 
-def speedup(over: list[dict[str, float]], of: list[dict[str, float]]) -> Interval:
-    """How many times the rate of the same repeat, with its interval."""
-    return interval([x["rate"] / y["rate"] for x, y in zip(over, of, strict=True)])
+def step_seconds(runs: list[dict[str, Any]]) -> np.ndarray:
+    """Seconds of each step, the median of the repeats: what else the machine does in one of them does not count."""
+    return np.median([run["seconds"] for run in runs], axis=0)
 
 
-def table(found: dict[str, list[dict[str, float]]], suffix: str) -> dict[str, Any]:
+def speedup(over: list[dict[str, Any]], of: list[dict[str, Any]]) -> Interval:
+    """How many times faster a step with the same samples is, the mean of all steps with its interval."""
+    return interval((step_seconds(of) / step_seconds(over)).tolist())
+
+
+def table(found: dict[str, list[dict[str, Any]]], suffix: str) -> dict[str, Any]:
     """Prints what was measured, and returns it by column: the speed-up of each form, and what its part does.
 
     Args:
@@ -238,16 +243,17 @@ def table(found: dict[str, list[dict[str, float]]], suffix: str) -> dict[str, An
     result: dict[str, Any] = {}
     for name, runs in found.items():
         mean = {key: float(np.mean([run[key] for run in runs])) for key in runs[0]}
+        rate = runs[0]["tokens"][WARM_UP:].sum() / step_seconds(runs).sum()
         of_base, before = speedup(runs, found["base"]), SWITCHES.get(name)
         own = speedup(runs, found[before]) if before in found else None
         texts = ["" if x is None else f"{x.mean:.3f} ± {x.half_width or 0:.3f}" for x in (of_base, own)]
         print(
-            f"{name:<12}{mean['rate']:>10,.0f}{texts[0]:>16}{texts[1]:>20}{mean['processor_ms']:>15.1f}"
+            f"{name:<12}{rate:>10,.0f}{texts[0]:>16}{texts[1]:>20}{mean['processor_ms']:>15.1f}"
             f"{mean['sent_mb']:>9.2f}{mean['waits']:>8.1%}{mean['loss']:>9.4f}",
             flush=True,
         )
         result |= {
-            f"tokens_per_second_{name}{suffix}": round(mean["rate"]),
+            f"tokens_per_second_{name}{suffix}": round(float(rate)),
             f"processor_ms_{name}{suffix}": round(mean["processor_ms"], 1),
             f"sent_mb_{name}{suffix}": round(mean["sent_mb"], 3),
             f"waits_{name}{suffix}": round(mean["waits"], 4),

@@ -87,17 +87,19 @@ def test_samples_have_a_long_tail_and_a_batch_has_them_in_order():
 
 
 def test_runs_that_do_not_train_the_same_are_refused():
-    run = {"tokens": 10, "loss": 0.5, "rate": 1.0}
+    run = {"tokens": np.array([4, 6]), "loss": 0.5}
     check({"base": [run], "tables": [run]})
     with pytest.raises(SystemExit, match="same samples"):
-        check({"base": [run], "tables": [run | {"tokens": 11}]})
+        check({"base": [run], "tables": [run | {"tokens": np.array([5, 5])}]})
     for loss in (0.6, math.nan):
         with pytest.raises(SystemExit, match="same loss"):
             check({"base": [run], "tables": [run | {"loss": loss}]})
 
 
-def test_a_speed_up_is_the_mean_of_ratios_within_a_repeat():
-    found = speedup([{"rate": 4.0}, {"rate": 9.0}], [{"rate": 2.0}, {"rate": 3.0}])
+def test_a_speed_up_is_the_mean_of_ratios_of_steps_whatever_else_the_machine_did_in_a_repeat():
+    quick = [{"seconds": np.array(x)} for x in ([2.0, 3.0], [2.0, 3.0], [50.0, 3.0])]
+    slow = [{"seconds": np.array(x)} for x in ([4.0, 9.0], [4.0, 90.0], [4.0, 9.0])]
+    found = speedup(quick, slow)
     # Student's t of one degree of freedom, 12.706, times the standard deviation .7071 over the root of 2.
     assert figure("x", found) == {"x": 2.5, "x_half_width": pytest.approx(6.353, abs=1e-3)}
 
@@ -149,8 +151,8 @@ def test_the_row_has_each_part_without_a_network_and_the_pipeline_with_one(quick
     import bench_end_to_end
 
     def compare(world, size, names, *, steps, repeats, slow):
-        of = {"processor_ms": 1.0, "sent_mb": 1.0, "waits": 0.0, "tokens": 1, "loss": 1.0}
-        return {name: [of | {"rate": 1.0 + place}] * repeats for place, name in enumerate(names)}
+        of = {"processor_ms": 1.0, "sent_mb": 1.0, "waits": 0.0, "tokens": np.ones(5), "loss": 1.0}
+        return {name: [of | {"seconds": np.ones(2) / (1 + place)}] * repeats for place, name in enumerate(names)}
 
     monkeypatch.setattr(end_to_end_systems, "compare", compare)
     monkeypatch.setattr("gloo_processes.World", lambda *_: type("World", (), {"close": staticmethod(lambda: None)}))

@@ -18,6 +18,8 @@ from torch import Tensor
 from lightning_gr.ops.huge_pages import empty_in_huge_pages
 from lightning_gr.ops.native import load_native
 
+_SOURCE = Path(__file__).with_name("row_storage.cpp")
+
 if TYPE_CHECKING:
     from lightning_gr.embeddings.dynamic.row_snapshot import RowsSnapshot
 
@@ -144,7 +146,7 @@ class ChunkedRows:
 
 def run_native(name: str, *arguments: Tensor | int | float | None) -> bool:
     """Runs a function of the C++ file on contiguous host tensors; False where there is no compiler."""
-    native = load_native(Path(__file__).with_name("row_storage.cpp"))
+    native = load_native(_SOURCE)
     if native is None:
         return False
     function = getattr(native, name)

@@ -18,6 +18,8 @@ from lightning_gr.counter_random import name_key
 from lightning_gr.embeddings.static_tables import table_values
 from lightning_gr.ops.native import load_native
 
+_SOURCE = Path(__file__).with_suffix(".cpp")
+
 
 @dataclass(frozen=True)
 class _Config:
@@ -39,7 +41,7 @@ def first_values(init_fn: functools.partial[Any], seed: int, name: str, ids_N: T
         ids_N: int64 keys.
         dim: width.
     """
-    library = load_native(Path(__file__).with_suffix(".cpp")) if ids_N.device.type == "cpu" else None
+    library = load_native(_SOURCE) if ids_N.device.type == "cpu" else None
     if library is None:
         return _drawn_by_torch(init_fn, seed, name, ids_N, dim)
     ids_N, values_ND = ids_N.contiguous(), torch.empty(len(ids_N), dim)

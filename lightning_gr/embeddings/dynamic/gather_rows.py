@@ -20,6 +20,8 @@ from lightning_gr.ops.backend import Backend, choose_backend, refuse_second_deri
 from lightning_gr.ops.huge_pages import empty_in_huge_pages
 from lightning_gr.ops.native import load_native
 
+_SOURCE = Path(__file__).with_name("gather_rows.cpp")
+
 PoolingMode = Literal["sum", "mean"]
 
 
@@ -147,7 +149,7 @@ def _is_compiled(rows: Tensor, backend: Backend) -> bool:
 
 
 def _native() -> ctypes.CDLL | None:
-    return load_native(Path(__file__).with_name("gather_rows.cpp"))
+    return load_native(_SOURCE)
 
 
 def _run(name: str, *arguments: Tensor | int | None) -> None:

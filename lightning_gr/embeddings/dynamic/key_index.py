@@ -36,6 +36,8 @@ from lightning_gr.embeddings.dynamic.key_slots import (
 from lightning_gr.ops.huge_pages import empty_in_huge_pages
 from lightning_gr.ops.native import load_native
 
+_SOURCE = Path(__file__).with_suffix(".cpp")
+
 __all__ = ["IndexBackend", "KeyIndex", "Tables", "key_hash", "top_bits"]
 
 Tables = Tensor | int
@@ -376,7 +378,7 @@ def _backend(backend: IndexBackend, device: torch.device) -> TorchIndex:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    library = load_native(Path(__file__).with_suffix(".cpp"))
+    library = load_native(_SOURCE)
     if library is not None:
         library.insert.restype = library.find_or_insert.restype = ctypes.c_int64
     return library

@@ -20,6 +20,8 @@ from lightning_gr.embeddings.dynamic.key_slots import first_occurrences, key_has
 from lightning_gr.ops.huge_pages import empty_in_huge_pages
 from lightning_gr.ops.native import load_native
 
+_SOURCE = Path(__file__).with_suffix(".cpp")
+
 
 class UniqueKeys(NamedTuple):
     """Distinct keys, by table and within a table in the order in which they first occur."""
@@ -173,7 +175,7 @@ def _check(ids_N: Tensor, offsets_T1: Sequence[int]) -> None:
 
 @cache
 def _native() -> ctypes.CDLL | None:
-    library = load_native(Path(__file__).with_suffix(".cpp"))
+    library = load_native(_SOURCE)
     if library is not None:
         library.unique_keys.restype = library.route.restype = ctypes.c_int64
     return library
