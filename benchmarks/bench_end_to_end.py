@@ -20,7 +20,7 @@ narrow and whose layers are wide.
 `total`: `speedup_total`, the same over the plain way with padded reference attention.
 
 Forms that are compared take turns. Intervals are Student's t at 95 %: of `plain_loop` over the ratios of each epoch but
-the first; of the others over the ratios of steps with the same samples, each step's time the median of the repeats.
+the first; of the others, of tokens a second, by the spread of the steps, each step's time the median of the repeats.
 Nothing else should run on the machine.
 """
 

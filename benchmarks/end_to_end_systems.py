@@ -27,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from plain_lightning import TASK, Ranker, Samples, Size, System
 from slow_network import LateWork
 
-from lightning_gr.cli.compare_statistics import Interval, interval
+from lightning_gr.cli.compare_statistics import Interval, t_quantile
 
 WARM_UP = 3
 SIZES = {
-    "lookups": Size(embedding_dim=512, dim=64, num_layers=2, num_heads=2, cost="tokens"),
+    "lookups": Size(embedding_dim=512, dim=64, num_layers=2, num_heads=2),
     "compute": Size(embedding_dim=64, dim=256, num_layers=3, num_heads=4),
 }
 LATENCY, BANDWIDTH = 0.001, 100e6
@@ -116,17 +116,19 @@ def train(system: System, size: Size, *, steps: int, slow: bool, rows: dict[str,
     Args:
         system: which parts are lightning-gr's.
         size: of model and samples.
-        steps: of batches of fixed size, the first ones not counted.
+        steps: of batches of fixed size, behind the first ones, which are not counted.
         slow: whether there is a network between the processes.
         rows: ids of each category.
     """
     import lightning.pytorch as pl
 
-    from lightning_gr.balancing import Balancing
     from lightning_gr.plugins import SequenceBalancedStrategy
 
     world_size = dist.get_world_size()
     samples = Samples(size=size, count=world_size * size.samples * (steps + WARM_UP), rows=rows)
+    loader: Any = samples.loader(size.samples)
+    if system.balanced:
+        loader = samples.planned_loader(steps + WARM_UP, rank=dist.get_rank(), world_size=world_size)
     starts: list[float] = []
     processor: list[float] = []
     tokens: list[int] = []
@@ -147,13 +149,10 @@ def train(system: System, size: Size, *, steps: int, slow: bool, rows: dict[str,
 
     pl.seed_everything(1)
     rows_ahead: dict[str, Any] = {"sparse_update": "semi_async", "sync_steps": 2} if system.late else {}
-    balancing = Balancing(mode="exchange", cost=size.cost) if system.balanced else Balancing()
     trainer = pl.Trainer(
         accelerator="cpu",
         devices=world_size,
-        strategy=SequenceBalancedStrategy(
-            balancing=balancing, static_dedup=False, pipeline_depth=system.pipeline_depth, **rows_ahead
-        ),
+        strategy=SequenceBalancedStrategy(static_dedup=False, pipeline_depth=system.pipeline_depth, **rows_ahead),
         max_epochs=1,
         limit_val_batches=0,
         num_sanity_val_steps=0,
@@ -165,7 +164,7 @@ def train(system: System, size: Size, *, steps: int, slow: bool, rows: dict[str,
     )
     sent = [0]
     with network(LATENCY if slow else 0.0, BANDWIDTH if slow else math.inf, sent):
-        trainer.fit(Ranker(system=system, size=size, rows=rows), samples.loader(size.samples))
+        trainer.fit(Ranker(system=system, size=size, rows=rows), loader)
     return {
         "seconds": np.diff(starts[WARM_UP:]),
         "processor": processor[-1] - processor[WARM_UP],
@@ -206,14 +205,15 @@ def compare(
 
 
 def check(found: dict[str, list[dict[str, Any]]]) -> None:
-    """That all forms have trained the same samples in each step, to about the same loss.
+    """That all forms have trained the same samples to about the same loss.
 
     Raises:
         SystemExit: they have not.
     """
     first = {name: runs[0] for name, runs in found.items()}
-    if len({tuple(run["tokens"]) for run in first.values()}) != 1:
-        raise SystemExit(f"the forms do not train the same samples: { {n: x['tokens'] for n, x in first.items()} }")
+    totals = {name: int(run["tokens"].sum()) for name, run in first.items()}
+    if len(set(totals.values())) != 1:
+        raise SystemExit(f"the forms do not train the same samples: {totals}")
     losses = {name: run["loss"] for name, run in first.items()}
     if not all(math.isfinite(x) for x in losses.values()) or max(losses.values()) > 1.05 * min(losses.values()):
         raise SystemExit(f"the forms do not train to the same loss: {losses}")
@@ -224,9 +224,27 @@ def step_seconds(runs: list[dict[str, Any]]) -> np.ndarray:
     return np.median([run["seconds"] for run in runs], axis=0)
 
 
+def ratio(above: np.ndarray, below: np.ndarray) -> tuple[float, float]:
+    """Of two sums over steps, with its relative variance: that of what a step has beyond its share."""
+    found, count = above.sum() / below.sum(), len(above)
+    return float(found), float(((above - found * below) ** 2).sum() * count / max(count - 1, 1) / above.sum() ** 2)
+
+
 def speedup(over: list[dict[str, Any]], of: list[dict[str, Any]]) -> Interval:
-    """How many times faster a step with the same samples is, the mean of all steps with its interval."""
-    return interval((step_seconds(of) / step_seconds(over)).tolist())
+    """How many times the tokens a second, with the interval that the spread of the steps gives.
+
+    Steps with the same samples are compared one by one.
+    """
+    seconds = [step_seconds(runs) for runs in (over, of)]
+    tokens = [runs[0]["tokens"][-len(x) :] for runs, x in zip((over, of), seconds, strict=True)]
+    if np.array_equal(*tokens):
+        found, variance = ratio(seconds[1], seconds[0])
+        freedom = len(seconds[0]) - 1
+    else:
+        (rate, variance), (before, its) = (ratio(x, y) for x, y in zip(tokens, seconds, strict=True))
+        found, variance = rate / before, variance + its
+        freedom = len(seconds[0]) + len(seconds[1]) - 2
+    return Interval(found, found * t_quantile(max(freedom, 1)) * math.sqrt(variance))
 
 
 def table(found: dict[str, list[dict[str, Any]]], suffix: str) -> dict[str, Any]:
@@ -243,7 +261,8 @@ def table(found: dict[str, list[dict[str, Any]]], suffix: str) -> dict[str, Any]
     result: dict[str, Any] = {}
     for name, runs in found.items():
         mean = {key: float(np.mean([run[key] for run in runs])) for key in runs[0]}
-        rate = runs[0]["tokens"][WARM_UP:].sum() / step_seconds(runs).sum()
+        seconds = step_seconds(runs)
+        rate = runs[0]["tokens"][-len(seconds) :].sum() / seconds.sum()
         of_base, before = speedup(runs, found["base"]), SWITCHES.get(name)
         own = speedup(runs, found[before]) if before in found else None
         texts = ["" if x is None else f"{x.mean:.3f} ± {x.half_width or 0:.3f}" for x in (of_base, own)]

@@ -1,9 +1,9 @@
 """A ranking model over wide tables, and its samples, whose system is plain or lightning-gr's; for bench_end_to_end.
 
-Samples come by an ordinary `DataLoader` with a fixed number of samples a batch, as a Lightning user has it. An event
-has six categories, the sum of whose embeddings is made a token; HSTU encodes the tokens; each token's click is
-predicted. MTGenRec's models (arXiv 2505.12663, table 6) are of this kind, and are measured with embeddings up
-to 64 times as wide as at first.
+Samples come by an ordinary `DataLoader` with a fixed number of samples a batch, as a Lightning user has it, or in
+global batches that lightning-gr plans by the lengths and deals out to all processes. An event has six categories, the
+sum of whose embeddings is made a token; HSTU encodes the tokens; each token's click is predicted. MTGenRec's models
+(arXiv 2505.12663, table 6) are of this kind, and are measured with embeddings up to 64 times as wide as at first.
 
 Shape suffixes: S samples, B sequences of a batch, T tokens, E width of an embedding, D width of the encoder.
 """
@@ -25,6 +25,9 @@ from typing_extensions import override
 
 from lightning_gr.balancing import SequenceCost
 from lightning_gr.batch import Labels, SequenceBatch
+from lightning_gr.data.loader import PlannedLoader
+from lightning_gr.data.plan import GlobalBatchPlan
+from lightning_gr.data.source import SequenceSource
 from lightning_gr.embeddings import embedding_collection
 from lightning_gr.embeddings.dynamic import DynamicTables
 from lightning_gr.layers import HSTUEncoder
@@ -32,9 +35,12 @@ from lightning_gr.models.sequence_cost import causal
 from lightning_gr.ops.backend import Backend, use_backend
 from lightning_gr.ops.interval_mask import IntervalMask
 
+Array = np.ndarray[Any, Any]
 TASK = "click"
 FIELDS = {"item": 40_000, "author": 12_000, "music": 8_000, "category": 500, "city": 300, "hour": 168}
 """Ids of each category of an event."""
+LOOKED_UP = 110
+"""Forward operations of the encoder that take as long as a looked up number: its row's way here, and its gradient's."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +57,6 @@ class Size:
         cap: most tokens of a sample.
         samples: of a process in a batch of fixed size.
         zipf: exponent of the items' popularity.
-        cost: by which `Balancing` deals out samples: tokens where looking up is most of the work, else FLOPs.
     """
 
     embedding_dim: int
@@ -63,7 +68,6 @@ class Size:
     cap: int = 1000
     samples: int = 8
     zipf: float = 1.05
-    cost: Literal["model", "tokens"] = "model"
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ class System:
     Args:
         tables: TorchRec's static ones, or dynamic ones of which those of one width are merged.
         dedup: whether ids are made distinct before they travel and where they arrive.
-        balanced: samples go to the other process until both have as much to compute, in place of as many samples.
+        balanced: global batches have as many tokens and are dealt out by cost, in place of as many samples a process.
         pipeline_depth: batches whose ids are sent ahead.
         late: whether rows are sent ahead too, without the update of the step before (TurboGR, arXiv 2605.13433, 4.2.2).
         backend: of the operators: `auto` has the fused ones, `reference` dense attention over padded sequences.
@@ -87,7 +91,7 @@ class System:
     backend: Backend = "auto"
 
 
-class Samples(Dataset[int]):
+class Samples(Dataset[int], SequenceSource):
     """A synthetic log: lengths with a long tail, items by Zipf's law, clicks that follow the item.
 
     Args:
@@ -118,6 +122,8 @@ class Samples(Dataset[int]):
         }
         self.clicks_T = torch.from_numpy((rng.random(total) < 0.15 + 0.5 * (item_T % 3 == 0)).astype(np.float32))
         self.times_T = torch.from_numpy(1_650_000_000 + rng.integers(1, 600, total).cumsum())
+        self.num_rows, self.tasks, self.fingerprint = count, (TASK,), f"{size} {count} {seed}"
+        self.group_bounds = np.array([0, count])
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -125,11 +131,34 @@ class Samples(Dataset[int]):
     def __getitem__(self, index: int) -> int:
         return index
 
-    def collate(self, indices: list[int]) -> SequenceBatch:
-        """A jagged batch of these samples, whose loss is the mean over its own tokens."""
-        places_T = np.concatenate([np.arange(self.offsets[x], self.offsets[x + 1]) for x in indices])
+    @override
+    def samples(self, first_row: int, last_row: int) -> tuple[Array, Array]:
+        ids_S = np.arange(first_row, last_row)
+        return ids_S, self.token_counts(ids_S)
+
+    @override
+    def token_counts(self, sample_ids: Array) -> Array:
+        counts_S: Array = np.diff(self.offsets)[sample_ids]
+        return counts_S
+
+    @override
+    def label_counts(self, sample_ids: Array) -> dict[str, Array]:
+        return {TASK: self.token_counts(sample_ids)}
+
+    @override
+    def collate(
+        self,
+        sample_ids: Any,
+        *,
+        windows: Any = (),
+        epoch: int = 0,
+        denominators: dict[str, float] | None = None,
+        gradient_divisor: float = 1.0,
+    ) -> SequenceBatch:
+        """A jagged batch of these samples; without denominators its loss is the mean over its own tokens."""
+        places_T = np.concatenate([np.arange(self.offsets[x], self.offsets[x + 1]) for x in sample_ids])
         taken_T = torch.from_numpy(places_T)
-        lengths_B = torch.from_numpy(np.diff(self.offsets)[indices])
+        lengths_B = torch.from_numpy(self.token_counts(sample_ids))
         counts_B4 = F.pad(lengths_B[:, None], (1, 2))
         return SequenceBatch(
             features=KeyedJaggedTensor(
@@ -138,15 +167,24 @@ class Samples(Dataset[int]):
                 lengths=lengths_B.repeat(len(self.ids)),
             ),
             token_counts_B4=counts_B4,
-            sample_ids_B=torch.tensor(indices),
+            sample_ids_B=torch.as_tensor(sample_ids),
+            epoch=epoch,
             labels={TASK: Labels(self.clicks_T[taken_T], torch.arange(len(taken_T)))},
-            denominators={TASK: float(len(taken_T))},
+            denominators=denominators or {TASK: float(len(taken_T))},
+            gradient_divisor=gradient_divisor,
             timestamps_T=self.times_T[taken_T],
         )
 
     def loader(self, batch_size: int) -> DataLoader[int]:
         """Batches of so many samples."""
         return DataLoader(self, batch_size=batch_size, shuffle=True, collate_fn=self.collate)
+
+    def planned_loader(self, batches: int, *, rank: int, world_size: int) -> PlannedLoader:
+        """At most so many global batches, which have about as many tokens each."""
+        lengths_S = np.diff(self.offsets)
+        share = -(-int(lengths_S.sum()) // batches)
+        plan = GlobalBatchPlan(self, global_tokens=share + int(lengths_S.max()) - 1)
+        return PlannedLoader(self, plan, rank=rank, world_size=world_size)
 
 
 class Ranker(pl.LightningModule):
@@ -193,8 +231,9 @@ class Ranker(pl.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
     def sequence_cost(self) -> SequenceCost:
-        """Operations of a sequence by its tokens."""
-        return causal(self.encoder.flops)
+        """Operations of a sequence by its tokens, with what looking up takes."""
+        encoder = causal(self.encoder.flops)
+        return SequenceCost(encoder.linear + LOOKED_UP * len(self.rows) * self.size.embedding_dim, encoder.quadratic)
 
     @override
     def training_step(self, batch: SequenceBatch, batch_idx: int) -> Tensor:

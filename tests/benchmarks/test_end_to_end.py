@@ -43,11 +43,12 @@ def test_tables_dedup_and_the_padded_reference_train_the_same_to_rounding(pair):
         assert total(other, "loss") == pytest.approx(total(base, "loss"), rel=1e-4), changes
 
 
-def test_balancing_moves_samples_and_loses_none(pair):
+def test_planned_batches_are_even_and_lose_no_sample(pair):
     base, balanced = run(pair, tables="dynamic"), run(pair, tables="dynamic", balanced=True)
     both = [np.array([x["tokens"] for x in ranks]) for ranks in (base, balanced)]
-    assert both[0].sum(0).tolist() == both[1].sum(0).tolist()
+    assert both[0].sum() == both[1].sum()
     assert both[1].max(0).sum() < both[0].max(0).sum()
+    assert both[1].sum(0).std() < both[0].sum(0).std()
     pipelined = run(pair, tables="dynamic", balanced=True, pipeline_depth=2)
     assert total(pipelined, "loss") == pytest.approx(total(balanced, "loss"), rel=1e-6)
 
@@ -96,12 +97,24 @@ def test_runs_that_do_not_train_the_same_are_refused():
             check({"base": [run], "tables": [run | {"loss": loss}]})
 
 
-def test_a_speed_up_is_the_mean_of_ratios_of_steps_whatever_else_the_machine_did_in_a_repeat():
-    quick = [{"seconds": np.array(x)} for x in ([2.0, 3.0], [2.0, 3.0], [50.0, 3.0])]
-    slow = [{"seconds": np.array(x)} for x in ([4.0, 9.0], [4.0, 90.0], [4.0, 9.0])]
+def test_a_speed_up_is_of_tokens_a_second_whatever_else_the_machine_did_in_a_repeat():
+    tokens = {"tokens": np.array([9, 10, 30])}  # the first is of the warm-up
+    quick = [tokens | {"seconds": np.array(x)} for x in ([1.0, 3.0], [1.0, 3.0], [50.0, 3.0])]
+    slow = [tokens | {"seconds": np.array(x)} for x in ([4.0, 6.0], [4.0, 60.0], [4.0, 6.0])]
     found = speedup(quick, slow)
-    # Student's t of one degree of freedom, 12.706, times the standard deviation .7071 over the root of 2.
-    assert figure("x", found) == {"x": 2.5, "x_half_width": pytest.approx(6.353, abs=1e-3)}
+    # Steps take 1.5 s more and less than 2.5 times as long: Student's t of one degree of freedom, 12.706, times
+    # 2.5 times the root of 2 (1.5 ** 2 + 1.5 ** 2) over 10.
+    assert figure("x", found) == {"x": 2.5, "x_half_width": pytest.approx(12.706 * 2.5 * 0.3, abs=1e-2)}
+
+
+def test_a_speed_up_of_other_batches_has_the_spread_of_both():
+    even = [{"tokens": np.array([20, 20]), "seconds": np.array([2.0, 2.0])}]
+    uneven = [{"tokens": np.array([10, 30]), "seconds": np.array([3.0, 5.0])}]
+    # 10 and 5 tokens a second; of the latter the steps have 5 tokens less and more than their share of 40.
+    found = speedup(even, uneven)
+    assert found.mean == 2
+    assert found.half_width == pytest.approx(2 * 4.303 * math.sqrt(2 * (25 + 25)) / 40, rel=1e-3)
+    assert speedup(uneven, even).mean == 0.5
 
 
 def test_both_sides_of_the_epoch_train_and_test_the_same_log(tmp_path):
