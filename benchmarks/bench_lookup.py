@@ -172,6 +172,7 @@ def stopwatches(spent: dict[str, float]) -> Iterator[None]:
         key_index,
         pending_gradients,
         row_storage,
+        row_travel,
     )
 
     inner = [0.0]
@@ -206,7 +207,7 @@ def stopwatches(spent: dict[str, float]) -> Iterator[None]:
         (row_storage.RowStorage, "read", "read"),
         (collection, "gather_rows", "expand"),
         (gather_rows._Gather, "backward", "backward sum"),
-        (exchange, "sum_rows", "second sum"),
+        (row_travel, "sum_rows", "second sum"),
         (dynamic_table, "update_rows", "update"),
         (engine.DynamicEngine, "begin", "pack keys"),
         (engine.DynamicEngine, "find", "pack rows"),

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from plain_lightning import TASK, Ranker, Samples, Size, System
 from slow_network import LateWork
 
-from lightning_gr.cli.compare_statistics import Interval, t_quantile
+from lightning_gr.cli.compare_statistics import Interval, interval, t_quantile
 
 WARM_UP = 3
 SIZES = {
@@ -245,6 +245,12 @@ def speedup(over: list[dict[str, Any]], of: list[dict[str, Any]]) -> Interval:
         found, variance = rate / before, variance + its
         freedom = len(seconds[0]) + len(seconds[1]) - 2
     return Interval(found, found * t_quantile(max(freedom, 1)) * math.sqrt(variance))
+
+
+def speedup_of_repeats(over: list[dict[str, Any]], of: list[dict[str, Any]]) -> Interval:
+    """As `speedup`, by the spread of the repeats: for steps whose time is not in proportion to their tokens."""
+    rates = [[x["tokens"][-len(x["seconds"]) :].sum() / x["seconds"].sum() for x in runs] for runs in (over, of)]
+    return interval([x / y for x, y in zip(*rates, strict=True)])
 
 
 def table(found: dict[str, list[dict[str, Any]]], suffix: str) -> dict[str, Any]:

@@ -66,16 +66,16 @@ def rows_of(results: Path, name: str) -> list[dict[str, Any]]:
     return [{key: cell if key in WORDS else number(cell) for key, cell in row.items() if cell != ""} for row in rows]
 
 
-def latest(results: Path, name: str, **where: Any) -> dict[str, Any]:
-    """The newest row of a result that has these values.
+def latest(results: Path, name: str, *, having: str | None = None, **where: Any) -> dict[str, Any]:
+    """The newest row of a result that has this column and these values.
 
     Raises:
         LookupError: No row of the result has them.
     """
     for row in reversed(rows_of(results, name)):
-        if all(row.get(key) == value for key, value in where.items()):
+        if (having is None or having in row) and all(row.get(key) == value for key, value in where.items()):
             return row
-    raise LookupError(f"{name}.csv in {results} has no row with {where or 'anything'}; run its benchmark")
+    raise LookupError(f"{name}.csv in {results} has no row with {having or where or 'anything'}; run its benchmark")
 
 
 def has(results: Path, name: str, **where: Any) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from end_to_end_retrieval import Training, synthetic_log
-from end_to_end_systems import SIZES, check, figure, forms, speedup
+from end_to_end_systems import SIZES, check, figure, forms, speedup, speedup_of_repeats
 from gloo_processes import World, cores_of_two
 from plain_lightning import FIELDS, TASK, Samples, Size
 
@@ -114,6 +114,10 @@ def test_a_speed_up_of_other_batches_has_the_spread_of_both():
     assert found.mean == 2
     assert found.half_width == pytest.approx(2 * 4.303 * math.sqrt(2 * (25 + 25)) / 40, rel=1e-3)
     assert speedup(uneven, even).mean == 0.5
+    twice = [even[0], {"tokens": np.array([20, 20]), "seconds": np.array([4.0, 4.0])}]
+    # 2 and 1 times as quick: Student's t of one degree of freedom over the root of 2, times the deviation .7071.
+    found = speedup_of_repeats(twice, uneven * 2)
+    assert (found.mean, found.half_width) == (1.5, pytest.approx(6.353, abs=1e-3))
 
 
 def test_both_sides_of_the_epoch_train_and_test_the_same_log(tmp_path):
