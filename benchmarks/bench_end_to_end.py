@@ -87,8 +87,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="Amazon Beauty, `user item item ...` a line; else a synthetic log")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="all by default")
-    parser.add_argument("--repeats", type=int, help="5, of plain_loop 3")
-    parser.add_argument("--epochs", type=int, help="of each training of plain_loop: 5, or 4 with --quick; at least 2")
+    parser.add_argument("--repeats", type=int, help="5, or 3 with --quick; of plain_loop 3, or 2")
+    parser.add_argument("--epochs", type=int, help="of each training of plain_loop: 5, or 3 with --quick; at least 2")
     parser.add_argument("--tokens", type=int, default=2048, help="of a batch of plain_loop")
     parser.add_argument("--steps", type=int, help="that are timed, of each training of systems: 32, or 24 with --quick")
     parser.add_argument("--quick", action="store_true", help="fewer repeats, and no other ways, batches and sizes")
@@ -117,12 +117,12 @@ def main() -> None:
             result |= compare(
                 str(path),
                 tokens=args.tokens,
-                epochs=args.epochs or (4 if args.quick else 5),
-                repeats=args.repeats or 3,
+                epochs=args.epochs or (3 if args.quick else 5),
+                repeats=args.repeats or (2 if args.quick else 3),
                 thorough=not args.quick,
             )
     if "systems" in args.parts or "total" in args.parts:
-        repeats = args.repeats or 5
+        repeats = args.repeats or (3 if args.quick else 5)
         result |= systems(args.parts, quick=args.quick, repeats=repeats, steps=args.steps or (24 if args.quick else 32))
         result["repeats"] = repeats
     print()
