@@ -106,10 +106,8 @@ class _Forker:
         self._selector.register(listener, selectors.EVENT_READ)
         self._selector.register(lifeline, selectors.EVENT_READ)
         while True:
-            # Children that have ended are reaped by asking for the others.
-            ready = [
-                key.fileobj for key, _ in self._selector.select(0.03 if multiprocessing.active_children() else None)
-            ]
+            # Without end only where none lives: the stand-in of one that has ended unseen would wait for ever.
+            ready = [key.fileobj for key, _ in self._selector.select(0.03 if self._living else None)]
             self._bury()
             if lifeline in ready:
                 break
