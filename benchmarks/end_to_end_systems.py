@@ -195,10 +195,11 @@ def measure(world: World, system: System, size: Size, *, steps: int, slow: bool)
 def compare(
     world: World, size: Size, names: Sequence[str], *, steps: int, repeats: int, slow: bool
 ) -> dict[str, list[dict[str, Any]]]:
-    """Measurements of forms that take turns, by name."""
+    """Measurements of forms that take turns, by name; each round begins with another, since the machine drifts."""
     of, found = forms(), {name: [] for name in names}  # type: dict[str, System], dict[str, list[dict[str, Any]]]
-    for _ in range(repeats):
-        for name in names:
+    for repeat in range(repeats):
+        first = repeat * len(names) // repeats
+        for name in [*names[first:], *names[:first]]:
             found[name].append(measure(world, of[name], size, steps=steps, slow=slow))
     check(found)
     return found
