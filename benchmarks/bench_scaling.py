@@ -267,8 +267,9 @@ def hidden_latency(pair: World, log: str, repeats: int, tokens: int, latency: fl
     suffix = "_dynamic" if dynamic else ""
     forms = {"plain": (0, None), "plain_slow": (0, latency), "pipelined": (2, None), "pipelined_slow": (2, latency)}
     runs: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in forms}
-    for _ in range(repeats):
-        for name, (depth, slow) in forms.items():
+    for repeat in range(repeats):
+        for name in [*forms][:: -1 if repeat % 2 else 1]:  # there and back, since the machine drifts
+            depth, slow = forms[name]
             runs[name].append(pair.train(log, tokens=tokens, epochs=1, depth=depth, dynamic=dynamic, latency=slow))
     # Neither the first steps, nor the last ones, behind which there is nothing to prepare.
     ms = {name: float(step_seconds(each)[3:-2].mean()) * 1e3 for name, each in runs.items()}

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_gr.embeddings.dynamic.dynamic_lookup import DynamicLookup
 from lightning_gr.embeddings.dynamic.engine import DynamicEngine
-from lightning_gr.embeddings.dynamic.gather_rows import gather_rows, segment_pool
+from lightning_gr.embeddings.dynamic.gather_rows import gather_pieces, segment_pool
 from lightning_gr.embeddings.dynamic.settings import DynamicTables
 from lightning_gr.embeddings.dynamic.table_config import DynamicTableConfig, check_configs
 
@@ -97,24 +97,25 @@ def is_training(module: nn.Module) -> bool:
     return module.training and torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
 
 
-def _by_lookup(engine: DynamicEngine, lookup: DynamicLookup, of_physical: Sequence[Tensor]) -> list[Tensor]:
-    """The piece of each looked-up feature, in the engine's order, which is that of physical tables."""
-    pieces: list[Tensor] = []
-    for p, whole in enumerate(of_physical):
-        own = zip(engine.lookups, lookup.sizes, strict=True)
-        pieces += whole.split([size for (t, _, _), size in own if engine.logical[t][0] == p])
-    return pieces
+def _sizes_by_table(engine: DynamicEngine, lookup: DynamicLookup) -> list[list[int]]:
+    """Of each physical table, how many ids its features look up; the engine's order is that of physical tables."""
+    sizes: list[list[int]] = [[] for _ in lookup.exchange.places]
+    for (t, _, _), size in zip(engine.lookups, lookup.sizes, strict=True):
+        sizes[engine.logical[t][0]].append(size)
+    return sizes
 
 
 def jagged_output(engine: DynamicEngine, lookup: DynamicLookup) -> dict[str, JaggedTensor]:
     """Rows by feature, one for each id; waits for what is under way."""
     from torchrec import JaggedTensor
 
-    rows = engine.received(lookup)
-    expanded = [gather_rows(r, places) for r, places in zip(rows, lookup.exchange.places, strict=True)]
+    of_tables = zip(engine.received(lookup), lookup.exchange.places, _sizes_by_table(engine, lookup), strict=True)
+    pieces = [piece for rows, places, sizes in of_tables for piece in gather_pieces(rows, places, sizes)]
     lengths = _lengths(lookup.features)
-    pieces = zip(engine.lookups, _by_lookup(engine, lookup, expanded), strict=True)
-    return {name: JaggedTensor(values=values, lengths=lengths[feature]) for (_, feature, name), values in pieces}
+    return {
+        name: JaggedTensor(values=values, lengths=lengths[feature])
+        for (_, feature, name), values in zip(engine.lookups, pieces, strict=True)
+    }
 
 
 def pooled_output(engine: DynamicEngine, lookup: DynamicLookup) -> KeyedTensor:
@@ -124,9 +125,9 @@ def pooled_output(engine: DynamicEngine, lookup: DynamicLookup) -> KeyedTensor:
     rows = engine.received(lookup)
     lengths, weights = _lengths(lookup.features), _weights(lookup.features)
     pooled = {}
-    for (t, feature, name), places in zip(
-        engine.lookups, _by_lookup(engine, lookup, lookup.exchange.places), strict=True
-    ):
+    of_tables = zip(lookup.exchange.places, _sizes_by_table(engine, lookup), strict=True)
+    pieces = [piece for places, sizes in of_tables for piece in places.split(sizes)]
+    for (t, feature, name), places in zip(engine.lookups, pieces, strict=True):
         offsets_B1 = torch.nn.functional.pad(lengths[feature].to(torch.int64).cumsum(0), (1, 0))
         of_table = rows[engine.logical[t][0]]
         pooled[name] = segment_pool(of_table, places, offsets_B1, engine.configs[t].pooling, weights.get(feature))

@@ -31,26 +31,9 @@ inline void put(float* __restrict to, const float* __restrict from, float by, in
 
 inline bool has(int64_t place, int64_t U) { return place >= 0 && place < U; }
 
-}  // namespace
-
-extern "C" {
-
-// out (N, D) := rows[inverse].
-int64_t gather(const float* rows, const int64_t* inverse, int64_t N, int64_t U, int64_t D, float* out) {
-  int64_t wrong = 0;
-#pragma omp parallel for schedule(static) reduction(+ : wrong) if (N * D > PARALLEL)
-  for (int64_t i = 0; i < N; ++i) {
-    if (i + AHEAD < N && has(inverse[i + AHEAD], U)) fetch(rows + inverse[i + AHEAD] * D, D);
-    if (has(inverse[i], U)) std::memcpy(out + i * D, rows + inverse[i] * D, 4 * D);
-    else ++wrong;
-  }
-  return wrong;
-}
-
-// out (U, D): for each row the sum of scale[i] * gradients[source[i]] over the positions i of that place; source null is
-// i itself, scale null is 1.
-int64_t sum(const float* gradients, const int64_t* source, const float* scale, const int64_t* inverse, int64_t N,
-            int64_t U, int64_t D, float* out) {
+// out (U, D): for each row the sum of scale[i] * row_of(i) over the positions i of that place; scale null is 1.
+template <class RowOf>
+int64_t add_up(RowOf row_of, const float* scale, const int64_t* inverse, int64_t N, int64_t U, int64_t D, float* out) {
   // A stable counting sort of the positions by place. Afterwards starts[u] is where row u's end.
   std::vector<int64_t> starts(U + 1), order(N);
   int64_t wrong = 0;
@@ -73,12 +56,45 @@ int64_t sum(const float* gradients, const int64_t* source, const float* scale, c
     const int64_t start = u ? starts[u - 1] : 0, end = starts[u];
     if (start == end) std::fill(to, to + size, 0.0f);
     for (int64_t p = start; p < end; ++p) {
-      const auto row = [&](int64_t at) { return gradients + (source ? source[order[at]] : order[at]) * D + first; };
-      if (p + AHEAD < num) fetch(row(p + AHEAD), size);
-      put(to, row(p), scale ? scale[order[p]] : 1.0f, size, p > start);
+      if (p + AHEAD < num) fetch(row_of(order[p + AHEAD]) + first, size);
+      put(to, row_of(order[p]) + first, scale ? scale[order[p]] : 1.0f, size, p > start);
     }
   }
   return wrong;
+}
+
+}  // namespace
+
+extern "C" {
+
+// out (N, D) := rows[inverse].
+int64_t gather(const float* rows, const int64_t* inverse, int64_t N, int64_t U, int64_t D, float* out) {
+  int64_t wrong = 0;
+#pragma omp parallel for schedule(static) reduction(+ : wrong) if (N * D > PARALLEL)
+  for (int64_t i = 0; i < N; ++i) {
+    if (i + AHEAD < N && has(inverse[i + AHEAD], U)) fetch(rows + inverse[i + AHEAD] * D, D);
+    if (has(inverse[i], U)) std::memcpy(out + i * D, rows + inverse[i] * D, 4 * D);
+    else ++wrong;
+  }
+  return wrong;
+}
+
+// out (U, D): for each row the sum of scale[i] * gradients[source[i]] over the positions i of that place; source null is
+// i itself, scale null is 1.
+int64_t sum(const float* gradients, const int64_t* source, const float* scale, const int64_t* inverse, int64_t N,
+            int64_t U, int64_t D, float* out) {
+  const auto row_of = [=](int64_t i) { return gradients + (source ? source[i] : i) * D; };
+  return add_up(row_of, scale, inverse, N, U, D, out);
+}
+
+// out (U, D): for each row the sum of its positions' gradients, which lie in `count` pieces of `sizes` positions.
+int64_t sum_pieces(const float* const* pieces, const int64_t* sizes, int64_t count, const int64_t* inverse, int64_t N,
+                   int64_t U, int64_t D, float* out) {
+  std::vector<const float*> rows;
+  rows.reserve(N);
+  for (int64_t piece = 0; piece < count; ++piece)
+    for (int64_t i = 0; i < sizes[piece]; ++i) rows.push_back(pieces[piece] + i * D);
+  return add_up([&](int64_t i) { return rows[i]; }, nullptr, inverse, N, U, D, out);
 }
 
 // out (B, D): for each bag the sum of scale[i] * rows[inverse[i]] over its positions offsets[b] ... offsets[b + 1];

@@ -9,6 +9,7 @@ Shape suffixes: U distinct rows, N positions, B bags (B1: B + 1), D width.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -41,9 +42,37 @@ def gather_rows(rows_UD: Tensor, inverse_N: Tensor, *, backend: Backend = "auto"
     """
     _check(rows_UD, inverse_N, "rows_UD")
     if _is_compiled(rows_UD, backend):
-        return _Gather.apply(rows_UD, inverse_N)
+        (out_ND,) = _GatherPieces.apply(rows_UD, inverse_N, len(inverse_N))
+        return out_ND
     # In 16 bits, sums of many gradients would lose the last ones.
     return _widened(rows_UD).index_select(0, inverse_N).to(rows_UD.dtype)
+
+
+def gather_pieces(
+    rows_UD: Tensor, inverse_N: Tensor, sizes: Sequence[int], *, backend: Backend = "auto"
+) -> list[Tensor]:
+    """``rows_UD[inverse_N].split(sizes)``, differentiable; gradients of the pieces are never put together.
+
+    Args:
+        rows_UD: floating point.
+        inverse_N: int64 places in `rows_UD`.
+        sizes: of the pieces, together N.
+        backend: `reference` is differentiable twice.
+
+    Returns:
+        For each size (n, D) of the rows' dtype.
+
+    Raises:
+        ValueError: shapes, dtypes or sizes that do not fit, or a place out of range.
+    """
+    _check(rows_UD, inverse_N, "rows_UD")
+    if any(size < 0 for size in sizes) or sum(sizes) != len(inverse_N):
+        raise ValueError(f"sizes={[*sizes]}: expected numbers of positions that are {len(inverse_N)} together")
+    if not sizes:
+        return []
+    if _is_compiled(rows_UD, backend):
+        return [*_GatherPieces.apply(rows_UD, inverse_N, *sizes)]
+    return [*gather_rows(rows_UD, inverse_N, backend=backend).split([*sizes])]
 
 
 def sum_rows(grads_ND: Tensor, inverse_N: Tensor, num_rows: int) -> Tensor:
@@ -176,24 +205,31 @@ def _sum(
     return sums_UD
 
 
-class _Gather(torch.autograd.Function):
+class _GatherPieces(torch.autograd.Function):
     @staticmethod
     @override
-    def forward(ctx: Any, rows_UD: Tensor, inverse_N: Tensor) -> Tensor:
+    def forward(ctx: Any, rows_UD: Tensor, inverse_N: Tensor, *sizes: int) -> tuple[Tensor, ...]:
         rows_UD, inverse_N = rows_UD.contiguous(), inverse_N.contiguous()
-        (U, D), N = rows_UD.shape, len(inverse_N)
-        out_ND = empty_in_huge_pages(N, D, dtype=torch.float32)
-        _run("gather", rows_UD, inverse_N, N, U, D, out_ND)
+        U, D = rows_UD.shape
+        pieces = tuple(empty_in_huge_pages(size, D, dtype=torch.float32) for size in sizes)
+        for piece_ND, places_N in zip(pieces, inverse_N.split([*sizes]), strict=True):
+            _run("gather", rows_UD, places_N, len(places_N), U, D, piece_ND)
         ctx.save_for_backward(inverse_N)
         ctx.num_rows = U
-        return out_ND
+        return pieces
 
     @staticmethod
     @override
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative("gather_rows", "cpu")
         (inverse_N,) = ctx.saved_tensors
-        return _sum(gradients[0], inverse_N, ctx.num_rows), None
+        pieces = [gradient_ND.contiguous() for gradient_ND in gradients]
+        N, U, D = len(inverse_N), ctx.num_rows, pieces[0].shape[1]
+        addresses = torch.tensor([piece_ND.data_ptr() for piece_ND in pieces], dtype=torch.int64)
+        sizes = torch.tensor([len(piece_ND) for piece_ND in pieces])
+        sums_UD = empty_in_huge_pages(U, D, dtype=torch.float32)
+        _run("sum_pieces", addresses, sizes, len(pieces), inverse_N, N, U, D, sums_UD)
+        return sums_UD, None, *(None for _ in pieces)
 
 
 class _Pool(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lightning_gr.embeddings.dynamic import gather_rows as module
-from lightning_gr.embeddings.dynamic.gather_rows import gather_rows, segment_pool, sum_rows
+from lightning_gr.embeddings.dynamic.gather_rows import gather_pieces, gather_rows, segment_pool, sum_rows
 from lightning_gr.ops.native import load_native
 
 BACKENDS = pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -54,6 +55,30 @@ def test_gather(num_rows: int, sizes: list[int], dim: int, seed: int, backend: A
         truth[place] += g
     assert torch.equal(gradient, truth)  # the order of positions, to the last bit
     assert torch.equal(sum_rows(upstream, inverse, num_rows), truth)
+
+
+@settings(max_examples=40, deadline=None)
+@given(**SHAPES, unused=st.integers(0, 3))
+def test_pieces(num_rows: int, sizes: list[int], dim: int, seed: int, backend: Any, unused: int) -> None:
+    rows, inverse, _, _ = problem(num_rows, sizes, dim, seed)
+    rows.requires_grad_()
+    pieces = gather_pieces(rows, inverse, sizes, backend=backend)
+    assert [*map(len, pieces)] == sizes
+    generator = torch.Generator().manual_seed(seed)
+    used = pieces[unused:]
+    # Every other gradient is one row seen many times, as a sum over positions gives it.
+    upstream = [
+        torch.randn(1 if k % 2 else len(piece), dim, generator=generator).expand(piece.shape)
+        for k, piece in enumerate(used)
+    ]
+    truth = torch.zeros(rows.shape)
+    for place, g in zip(inverse[sum(sizes[:unused]) :].tolist(), [g for gs in upstream for g in gs], strict=True):
+        truth[place] += g
+    for piece, places in zip(pieces, inverse.split(sizes) if sizes else [], strict=True):
+        assert torch.equal(piece, rows.detach()[places])
+    if used:
+        (gradient,) = torch.autograd.grad(used, rows, upstream)
+        assert torch.equal(gradient, truth)
 
 
 @settings(max_examples=60, deadline=None)
@@ -116,7 +141,8 @@ def test_other_dtypes(dtype: torch.dtype, backend: Any) -> None:
 def test_second_derivatives_are_the_references() -> None:
     rows, inverse, offsets, _ = problem(5, [2, 3], 4, 0)
     rows.requires_grad_()
-    for of in (gather_rows, lambda r, i, **k: segment_pool(r, i, offsets, **k)):
+    ways = [gather_rows, lambda r, i, **k: gather_pieces(r, i, [3, 2], **k)[0]]
+    for of in [*ways, lambda r, i, **k: segment_pool(r, i, offsets, **k)]:
         with pytest.raises(RuntimeError, match="reference"):
             torch.autograd.grad(of(rows, inverse).square().sum(), rows, create_graph=True)
         (first,) = torch.autograd.grad(of(rows, inverse, backend="reference").square().sum(), rows, create_graph=True)
@@ -143,6 +169,9 @@ def test_what_does_not_fit_is_named() -> None:
         gather_rows(rows.long(), inverse)
     with pytest.raises(ValueError, match="inverse_N"):
         gather_rows(rows, inverse.int())
+    for sizes in ([1], [3, -1], []):
+        with pytest.raises(ValueError, match=re.escape(f"sizes={sizes}")):
+            gather_pieces(rows, inverse, sizes)
     with pytest.raises(ValueError, match="2 places for 3 gradients"):
         sum_rows(rows, inverse, 3)
     for offsets in ([0, 1], [0, 2, 1, 2], [1, 2]):
@@ -159,5 +188,6 @@ def test_what_does_not_fit_is_named() -> None:
 def test_nothing_at_all() -> None:
     none = torch.zeros(0, dtype=torch.int64)
     assert gather_rows(torch.zeros(0, 4), none).shape == (0, 4)
+    assert gather_pieces(torch.zeros(0, 4), none, []) == []
     assert torch.equal(sum_rows(torch.zeros(0, 4), none, 3), torch.zeros(3, 4))
     assert torch.equal(segment_pool(torch.zeros(0, 4), none, torch.tensor([0, 0, 0])), torch.zeros(2, 4))
