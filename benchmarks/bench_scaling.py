@@ -18,7 +18,9 @@ each, which run side by side, with the same samples in all and the same number o
 
 `hidden_latency_fraction`: each exchange of ids (a lookup has two, one after the other: sizes, then ids) is made to take
 a latency at least, by a wait that sleeps. The share of the time this adds to a step without a pipeline
-(`pipeline_depth` 0) that it does not add with one (2).
+(`pipeline_depth` 0) that it does not add with one (2). Steps have a quarter of the tokens, and in one training the
+latency is there for eight of them, then away for eight, the other way round in every other repeat, so that each step is
+compared with itself and what the machine does in minutes drops out. The first three after each change do not count.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 LAYERS, DIM, HEADS, NEGATIVES, ITEMS = 2, 256, 4, 32, 5_000
 SEQUENCES = 8  # of a process in a step, on average
 MEAN, SIGMA, CAP = 320, 1.0, 1024  # tokens: log-normal before the cut
+BLOCK, CHANGE = 8, 3  # steps with a latency or without, and the first of them, which are not counted
 Array = np.ndarray[Any, Any]
 
 
@@ -66,12 +69,12 @@ def write_logs(folder: str, steps: int, sequences: int) -> list[str]:
 
 
 @contextmanager
-def slow_exchange(latency: float) -> Iterator[None]:
-    """Inside, no exchange of integers arrives sooner than `latency` seconds after it was started."""
+def slow_exchange(latency: Callable[[], float]) -> Iterator[None]:
+    """Inside, no exchange of integers arrives sooner than so many seconds after it was started."""
     original: Callable[..., Any] = dist.all_to_all_single
 
     def all_to_all(output: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        arrives = time.perf_counter() + latency
+        arrives = time.perf_counter() + latency()
         inner = original(output, *args, **kwargs)
         if output.dtype.is_floating_point:
             return inner
@@ -85,6 +88,11 @@ def slow_exchange(latency: float) -> Iterator[None]:
         dist.all_to_all_single = original  # type: ignore[assignment]
 
 
+def is_slow(step: int, first: int) -> bool:
+    """Whether exchanges that begin in a step have the latency."""
+    return max(step, 0) // BLOCK % 2 == first
+
+
 def train(
     path: str,
     *,
@@ -94,6 +102,7 @@ def train(
     depth: int = 2,
     dynamic: bool = False,
     latency: float | None = None,
+    first: int = 0,
 ) -> dict[str, Any]:
     """Trains; returns when each step of the last epoch began and the epoch's end, and the lengths of its sequences.
 
@@ -104,7 +113,8 @@ def train(
         partitioner: see `Balancing`.
         depth: of the pipeline.
         dynamic: whether tables are.
-        latency: of each exchange of ids, in seconds; None leaves exchanges alone.
+        latency: of each exchange of ids, in seconds, in every other block of steps; None leaves exchanges alone.
+        first: the first block that has it: 0 or 1.
     """
     import lightning.pytorch as pl
 
@@ -158,7 +168,7 @@ def train(
     )
     # A batch is cut so that it may exceed its share by the longest sample.
     data = SequenceDataModule(path=path, global_tokens=world_size * tokens + CAP - 1, max_length=CAP, raw_ids=dynamic)
-    with nullcontext() if latency is None else slow_exchange(latency):
+    with nullcontext() if latency is None else slow_exchange(lambda: latency * is_slow(len(starts) - 1, first)):
         trainer.fit(model, datamodule=data)
     cost, log = model.sequence_cost(), strategy.stage_log
     assert log is not None
@@ -265,20 +275,31 @@ def print_stages(runs: list[dict[str, Any]]) -> None:
 
 def hidden_latency(pair: World, log: str, repeats: int, tokens: int, latency: float, dynamic: bool) -> dict[str, Any]:
     suffix = "_dynamic" if dynamic else ""
-    forms = {"plain": (0, None), "plain_slow": (0, latency), "pipelined": (2, None), "pipelined_slow": (2, latency)}
-    runs: dict[str, list[list[dict[str, Any]]]] = {name: [] for name in forms}
-    for repeat in range(repeats):
-        for name in [*forms][:: -1 if repeat % 2 else 1]:  # there and back, since the machine drifts
-            depth, slow = forms[name]
-            runs[name].append(pair.train(log, tokens=tokens, epochs=1, depth=depth, dynamic=dynamic, latency=slow))
-    # Neither the first steps, nor the last ones, behind which there is nothing to prepare.
-    ms = {name: float(step_seconds(each)[3:-2].mean()) * 1e3 for name, each in runs.items()}
-    added = {name: ms[f"{name}_slow"] - ms[name] for name in ("plain", "pipelined")}
+    depths = {"plain": 0, "pipelined": 2}
+    runs: dict[str, list[list[list[dict[str, Any]]]]] = {name: [[], []] for name in depths}
+    for repeat in range(2 * repeats):
+        for name, depth in depths.items():
+            run = pair.train(
+                log, tokens=tokens // 4, epochs=1, depth=depth, dynamic=dynamic, latency=latency, first=repeat % 2
+            )
+            runs[name][repeat % 2].append(run)
+    ms, added = {}, {}
+    for name, of_first in runs.items():
+        times = [step_seconds(each) * 1e3 for each in of_first]
+        # Nor the last steps, behind which there is nothing to prepare.
+        steps = [step for step in range(BLOCK, len(times[0]) - 2) if step % BLOCK >= CHANGE]
+        # Each step is slow in the trainings of one kind and not in those of the other.
+        slow, fast = (
+            float(np.mean([times[0 if is_slow(step, 0) == wanted else 1][step] for step in steps]))
+            for wanted in (True, False)
+        )
+        ms[name], added[name] = fast, slow - fast
     print(f"\n{'dynamic' if dynamic else 'static'} tables; an exchange of ids takes {latency * 1e3:.0f} ms or more")
     for name, more in added.items():
         print(f"  {name:<12}{ms[name]:>8.1f} ms a step,{more:>8.1f} ms more with the latency")
-    print_stages(runs["pipelined_slow"][0])
+    print_stages(runs["pipelined"][0][0])
     result = {f"{name}_ms{suffix}": round(took, 2) for name, took in ms.items()}
+    result |= {f"{name}_slow_ms{suffix}": round(took + added[name], 2) for name, took in ms.items()}
     return result | {f"hidden_latency_fraction{suffix}": round(1 - added["pipelined"] / added["plain"], 3)}
 
 
