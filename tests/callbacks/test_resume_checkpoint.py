@@ -668,6 +668,7 @@ def run_beside(folder: str, first: bool, **settings: Any) -> str:
     """The first run waits at step 3 until the second one has saved."""
 
     def wait(trainer: Any) -> None:
+        wait_for(Path(folder, "step=2.ckpt", "meta.pt"))  # else the second run begins anew, and saves a step 2 as well
         Path(f"{folder}.first").touch()
         wait_for(Path(f"{folder}.second"))
 

@@ -430,7 +430,7 @@ def close(kind: str) -> float:
 MICRO: dict[str, Any] = {"balancing": {"tokens_per_rank": 26}}
 
 
-@ranks(2, 3)
+@ranks(2)
 @pytest.mark.parametrize(
     ("kind", "settings"),
     [
