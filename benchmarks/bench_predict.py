@@ -1,6 +1,6 @@
 """How long MTGR-small takes to score many candidates of one user on this CPU, and in what memory.
 
-python benchmarks/bench_predict.py [--candidates 1000] [--history 1000] [--micro-batch 160] [--threads 2] [--repeats 5]
+python benchmarks/bench_predict.py [--candidates 1000] [--history 1000] [--micro-batch 144] [--threads 2] [--repeats 5]
                                    [--alone 20] [--profile] [--json]
 
 Three ways to score the same candidates by `RankingModule.predict_step` in inference mode, float32: each alone with the
@@ -134,7 +134,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--candidates", type=int, default=1000)
     parser.add_argument("--history", type=int, default=1000)
-    parser.add_argument("--micro-batch", type=int, default=160)
+    parser.add_argument("--micro-batch", type=int, default=144)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--alone", type=int, default=20, help="candidates that are scored alone")
