@@ -40,6 +40,9 @@ IN_README = (
     ("overlap", "exposed_share_semi_async"),
     ("meta", "speedup_meta"),
     ("mfu", "mfu"),
+    ("checkpoint", "save_ratio"),
+    ("checkpoint", "load_ratio"),
+    ("checkpoint", "blocking_ratio"),
 )
 
 
