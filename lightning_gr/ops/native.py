@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -30,6 +31,7 @@ _FLAGS = (
     "-fopenmp",
     "-Wno-psabi",
 )
+_INCLUDED = re.compile(r'^#include "(.+)"', re.MULTILINE)
 
 
 @cache
@@ -40,7 +42,7 @@ def load_native(source: Path) -> ctypes.CDLL | None:
     ``LIGHTNING_GR_NATIVE=0`` turns compiled code off; ``CXX`` names the compiler.
 
     Args:
-        source: the file; its functions are ``extern "C"``.
+        source: the file; its functions are ``extern "C"``. It may include headers of ours by a path relative to it.
 
     Returns:
         The library, or None, with one warning, where it cannot be compiled.
@@ -53,7 +55,7 @@ def load_native(source: Path) -> ctypes.CDLL | None:
         return None
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-        key = "\n".join([source.read_text(), version, _processor(), *_FLAGS])
+        key = "\n".join([_text_with_headers(source), version, _processor(), *_FLAGS])
         library = _cache_directory() / f"{source.parent.name}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.so"
         if not library.exists():
             _compile(compiler, source, library)
@@ -64,6 +66,12 @@ def load_native(source: Path) -> ctypes.CDLL | None:
     except (OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
         _warn(source, str(error))
     return None
+
+
+def _text_with_headers(source: Path) -> str:
+    """A file and, behind it, what it includes of ours, so that a changed header is a changed operator."""
+    text = source.read_text()
+    return "\n".join([text, *(_text_with_headers(source.parent / name) for name in _INCLUDED.findall(text))])
 
 
 def _compile(compiler: str, source: Path, library: Path) -> None:
