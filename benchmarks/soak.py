@@ -1,6 +1,7 @@
 """Trains for a long time and watches what the processes hold: memory, files, threads, and disk of checkpoints.
 
-python benchmarks/soak.py [--minutes 60] [--processes 2] [--seed 0] [--json] [--samples FILE] [--no-row]
+python benchmarks/soak.py [--minutes 60] [--processes 2] [--seed 0] [--json] [--samples FILE]
+                          [--allocations FOLDER] [--no-row]
 
 The recipe ``hstu/tiny-dynamic``, with all its callbacks and loggers, through the command line, on a synthetic log whose
 items are more than the table's rows, so that rows are admitted and evicted all the time. A background checkpoint every
@@ -33,7 +34,8 @@ import numpy as np
 from gloo_processes import free_port
 from reporting import commit, device, publish
 
-ROOT = Path(__file__).resolve().parents[1]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 WARM_UP, SPANS = 0.2, 24
 _T_95 = {22: 2.074}
 """Student's t for a two-sided interval of 95 %, by degrees of freedom: spans less two."""
@@ -45,7 +47,7 @@ USERS, ITEMS, MAX_ROWS = 1500, 4000, 2500
 # ---- the run -----------------------------------------------------------------------------------------------------
 
 
-def settings(log: Path, checkpoints: Path, minutes: float) -> list[str]:
+def settings(log: Path, checkpoints: Path, minutes: float, allocations: Path | None = None) -> list[str]:
     """The command line after ``lightning-gr``."""
     seconds = round(minutes * 60)
     limit = f"{seconds // 86400:02}:{seconds // 3600 % 24:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
@@ -66,6 +68,9 @@ def settings(log: Path, checkpoints: Path, minutes: float) -> list[str]:
             },
         },
     ]
+    if allocations is not None:
+        folder = {"folder": str(allocations.resolve())}
+        callbacks.append({"class_path": "allocation_probe.AllocationProbe", "init_args": folder})
     policy = {
         "max_rows": MAX_ROWS,
         "rows_per_group": 128,
@@ -98,7 +103,7 @@ def start(folder: Path, arguments: list[str], processes: int) -> list[subprocess
         of_rank = {name: str(rank) for name in ("RANK", "LOCAL_RANK")}
         of_all = {name: str(processes) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE")}
         rest = {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "soak"}
-        environment = os.environ | of_rank | of_all | rest | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+        environment = os.environ | of_rank | of_all | rest | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{HERE}"}
         words = [sys.executable, "-m", "lightning_gr", *arguments, f"--trainer.devices={processes}"]
         with (folder / f"rank-{rank}.log").open("wb") as log:
             found.append(subprocess.Popen(words, cwd=folder, env=environment, stdout=log, stderr=log))
@@ -261,6 +266,7 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0, help="of the log")
     parser.add_argument("--samples", type=Path, help="a CSV file for all samples")
+    parser.add_argument("--allocations", type=Path, help="a folder for what the allocators hold, every 100 steps")
     parser.add_argument("--no-row", action="store_true", help="adds no row to benchmarks/results")
     parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
     args = parser.parse_args()
@@ -270,7 +276,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_synthetic_log(folder / "events.csv", num_users=USERS, num_items=ITEMS, seed=args.seed)
-        ranks = start(folder, settings(folder / "events.csv", folder / "checkpoints", args.minutes), args.processes)
+        words = settings(folder / "events.csv", folder / "checkpoints", args.minutes, args.allocations)
+        ranks = start(folder, words, args.processes)
         try:
             samples, sizes = watch(ranks, folder / "checkpoints", args.samples)
         finally:
