@@ -262,7 +262,9 @@ def main() -> None:
     rows = [row(peer, found[peer.name], recall=args.recall) for peer in peers]
     print(table(rows))
     rows = with_ratio(rows)
-    given = {"data": data, "threads": args.threads, "batch_targets": args.tokens, "seconds": args.seconds}
+    given = {"data": data, "threads": args.threads, "batch_targets": args.tokens}
+    if args.repeats:
+        given["seconds"] = args.seconds
     for each in rows:
         if args.no_publish:
             if args.json:
