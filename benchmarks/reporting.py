@@ -58,7 +58,7 @@ def commit() -> str:
         ).stdout.strip()
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.cpp", "*.yaml")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.cpp", "*.h", "*.yaml")
         return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+" if changed else "")
     except OSError:
         return "unknown"

@@ -27,6 +27,8 @@ def draw_speedups(figures: Sequence[Figure], path: Path) -> None:
         for text, line in (("stalls", "-"), ("no stalls", "--")):
             of = [x for x in figures if x.table.endswith(f"8 GPUs, {text}") and x.name.startswith(f"{name},")]
             axes.plot(GPUS, [x.simulated for x in of], line, color=colour, linewidth=1)
+    for text, line in (("simulated, with stalls", "-"), ("simulated, without", "--")):
+        axes.plot([], [], line, color="black", linewidth=1, label=text)
     axes.plot(GPUS, [n / 8 for n in GPUS], ":", color="grey", label="linear")
     axes.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="speed-up over 8")
     axes.set_xticks(GPUS, [str(n) for n in GPUS])
