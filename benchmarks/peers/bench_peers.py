@@ -134,7 +134,7 @@ def row(peer: Peer, found: Found, *, recall: float) -> dict[str, Any]:
     if found.quality and found.quality["epochs"]:
         epochs = found.quality["epochs"]
         best = max(epochs, key=lambda x: x["val_recall"])
-        result |= {"epochs": len(epochs), "best_epoch": best["epoch"]}
+        result |= {"epochs": len(epochs), "best_epoch": best["epoch"], "trained_s": round(epochs[-1]["trained_s"], 1)}
         result |= {f"{part}_{x}": round(best[f"{part}_{x}"], 4) for part in ("val", "test") for x in ("recall", "ndcg")}
         needed = epochs_until(epochs, recall)
         result |= {"recall_to_reach": recall, "epochs_to_recall": needed}

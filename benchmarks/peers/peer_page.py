@@ -70,6 +70,8 @@ def peers_table(rows: list[Row]) -> str:
         words = [row[name] for name in ("settings", "versions") if name in row]
         if row.get("extrapolated") == "True":
             words.append(f"an epoch extrapolated from {row['measured_steps']} of {row['steps_per_epoch']} steps each")
+        if "trained_s" in row:
+            words.append(f"of quality: {row['epochs']} epochs in {float(row['trained_s']):,.0f} s")
         if row.get("error"):
             words.append(f"**failed**: {row['error']}")
         notes.append(f"- {row['system']}: {'; '.join(words)}")

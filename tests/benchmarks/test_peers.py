@@ -225,6 +225,7 @@ def test_a_row_has_medians_and_the_test_of_the_epoch_that_validation_chose() -> 
         {"epoch": 2, "val_recall": 0.09, "val_ndcg": 0.05, "test_recall": 0.08, "test_ndcg": 0.04},
         {"epoch": 3, "val_recall": 0.05, "val_ndcg": 0.03},
     ]
+    epochs = [x | {"trained_s": 7.0 * x["epoch"]} for x in epochs]
     found = Found(
         [_speed(0.2, 10**8), _speed(0.1, 3 * 10**8), _speed(0.9, 2 * 10**8)], _speed(9, 1) | {"epochs": epochs}
     )
@@ -234,6 +235,7 @@ def test_a_row_has_medians_and_the_test_of_the_epoch_that_validation_chose() -> 
     assert (result["epoch_s_least"], result["epoch_s_most"]) == (5.0, 45.0)
     assert result["peak_mb"] == 200.0
     assert result["extrapolated"] is True
+    assert result["trained_s"] == 21.0
     assert (result["best_epoch"], result["test_recall"], result["test_ndcg"]) == (2, 0.08, 0.04)
     assert (result["epochs_to_recall"], result["to_recall_s"]) == (2, 20.0)
     assert epochs_until(epochs, 0.1) is None
@@ -380,7 +382,7 @@ def test_the_page_has_the_newest_figure_of_each_system_and_keeps_those_of_a_run_
     rows = [
         _cells(system="rectools HSTU", epoch_s=1.0, data="another log"),
         _cells(system="rectools HSTU", epoch_s=90.0, epochs_to_recall=2, recall_to_reach=0.08),
-        _cells(system="lightning-gr HSTU", epoch_s=10.0, test_recall=0.081, peak_mb="", epochs=4, best_epoch=3),
+        _cells(system="lightning-gr HSTU", epoch_s=10.0, test_recall=0.081, peak_mb="", epochs=4, best_epoch=3, trained_s=41.2),
         _cells(system="rectools HSTU", epoch_s=50.0, epochs_to_recall=""),
         _cells(system="RecBole SASRec", error="environment: no such version"),
     ]
@@ -389,6 +391,7 @@ def test_the_page_has_the_newest_figure_of_each_system_and_keeps_those_of_a_run_
     assert ours == "| lightning-gr HSTU | 10.0 | 1.00 | - | - | .0810 | - | 3 of 4 | - |"
     assert "| rectools HSTU | 50.0 | 5.00 | - | - | - | - | - | 100 |" in peers
     assert any("no such version" in line for line in lines)
+    assert any("lightning-gr HSTU" in line and "4 epochs in 41 s" in line for line in lines)
     assert len(peers) == 2
 
 
