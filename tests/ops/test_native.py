@@ -61,17 +61,17 @@ def test_a_source_is_compiled_once(source: Path, monkeypatch: pytest.MonkeyPatch
 
 @needs_compiler
 def test_a_changed_header_is_another_library(source: Path) -> None:
-    source.write_text('#include "../shared/one.h"\n' + SOURCE.replace("+= 2", "+= FACTOR"))
-    shared = source.parents[1] / "shared"
-    shared.mkdir()
-    (shared / "one.h").write_text('#include "two.h"\n')
+    source.write_text('#include "../headers/one.h"\n' + SOURCE.replace("+= 2", "+= FACTOR"))
+    headers = source.parents[1] / "headers"
+    headers.mkdir()
+    (headers / "one.h").write_text('#include "two.h"\n')
     for factor in (5, 7):
-        (shared / "two.h").write_text(f"#define FACTOR {factor}\n")
+        (headers / "two.h").write_text(f"#define FACTOR {factor}\n")
         load_native.cache_clear()
         library = load_native(source)
         assert library is not None
         assert library.twice(ctypes.c_long(10)) == 10 * factor
-    (shared / "two.h").unlink()
+    (headers / "two.h").unlink()
     load_native.cache_clear()
     with pytest.warns(UserWarning, match="two.h"):
         assert load_native(source) is None
