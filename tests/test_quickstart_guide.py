@@ -21,7 +21,7 @@ def command(beginning: str) -> str:
 
 
 def small(text: str) -> str:
-    for written, put in (("range(1500)", "range(60)"), ("max_epochs: 20", "max_epochs: 2"), ("dim: 64", "dim: 16")):
+    for written, put in (("range(1500)", "range(60)"), ("max_epochs: 40", "max_epochs: 2"), ("dim: 64", "dim: 16")):
         text = text.replace(written, put)
     return text
 
@@ -37,7 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_command_is_one_that_these_tests_know() -> None:
-    known = ("make demo", "source", "mkdir", "python ", "timeout --signal KILL 30 lightning-gr fit")
+    known = ("make demo", "source", "mkdir", "python ", "timeout --signal KILL 20 lightning-gr fit")
     tools = ("doctor", "prepare", "fit", "test", "predict", "report")
     for line in COMMANDS:
         assert line.startswith((*known, *(f"lightning-gr {x}" for x in tools))), line

@@ -78,7 +78,7 @@ class Card:
 
     Args:
         title: what it shows.
-        svg: the drawing.
+        svg: the drawing; empty where the numbers say it all.
         header: of the numbers under it.
         rows: the numbers.
         name: the metric's name, where there is one.
@@ -163,6 +163,8 @@ def less_is_better(name: str) -> bool:
 def _learning(runs: Sequence[Run], names: Iterator[str]) -> Iterator[Card]:
     ours = [name for name in names_of(runs) if not name.startswith("gr/")]
     ours.sort(key=lambda name: (not re.fullmatch(r"(train[/_])?loss", name), not name.startswith("val")))
+    once = [name for name in ours if _measured_once(runs, name)]
+    ours = [name for name in ours if name not in once]
     shots = by_shots(ours)
     for name in ours:
         family = name.rpartition("@")[0]
@@ -176,6 +178,12 @@ def _learning(runs: Sequence[Run], names: Iterator[str]) -> Iterator[Card]:
     timed = [x for x in runs if validated in x.series and any(map(math.isfinite, x.series[validated].seconds))]
     if validated is not None and len(timed) > 1:
         yield _curve(runs, validated, next(names), over_time=True)
+    if once:
+        yield _single_values(runs, once)
+
+
+def _measured_once(runs: Sequence[Run], name: str) -> bool:
+    return all(len(run.series[name].values) < 2 for run in runs if name in run.series)
 
 
 def _speed(runs: Sequence[Run], names: Iterator[str]) -> Iterator[Card]:
@@ -272,6 +280,15 @@ def _curve(runs: Sequence[Run], name: str, drawing: str, *, over_time: bool = Fa
     )
     card.name = name if name != card.title else ""
     return card
+
+
+def _single_values(runs: Sequence[Run], wanted: Sequence[str]) -> Card:
+    """Metrics without a curve, as those of a test are: a table."""
+    rows = [
+        [name, *(_text(metric_of(name), run.series[name].values[0] if name in run.series else None) for run in runs)]
+        for name in wanted
+    ]
+    return Card("Measured once", "", ["metric", *(["value"] if len(runs) == 1 else _labels(runs))], rows)
 
 
 def _lines(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,7 +160,9 @@ def _read_csv(folder: Path) -> Run:
 
 def _name_of(folder: Path) -> str:
     parts = [x for x in folder.resolve().parts if x != "report"]
-    return parts[-1] if parts else str(folder)
+    # Loggers' versions are named alike in all runs.
+    own = parts[-2:] if parts and re.fullmatch(r"csv|tensorboard|version_\d+", parts[-1]) else parts[-1:]
+    return "/".join(own) if own else str(folder)
 
 
 def _number(value: Any) -> float:

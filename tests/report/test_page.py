@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -220,3 +221,18 @@ def test_metrics_by_shots_are_one_chart_and_cut_offs_are_not() -> None:
     assert by_shots(names) == {"val/click/AUC": [f"val/click/AUC@{k}" for k in (0, 1, 5, 10)]}
     twice = [card.title for section in sections([run, run]) for card in section.cards]
     assert twice[:6] == [*by_shots(names)["val/click/AUC"], *titles[1:]], "of two runs a chart a metric"
+
+
+def test_what_was_measured_once_is_a_table_and_no_curve_of_one_dot() -> None:
+    curve, dot = Series([10, 20], [3.0, 2.0], [1.0, 2.0]), Series([0], [0.25], [math.nan])
+    run = Run("x", {"val/loss": curve, "test/HR@10": dot, "test/AUC@0": dot, "test/AUC@1": dot})
+    cards = sections([run])[0].cards
+    assert [card.title for card in cards] == ["val/loss", "Measured once"]
+    rows = [["test/HR@10", "0.25"], ["test/AUC@0", "0.25"], ["test/AUC@1", "0.25"]]
+    assert (cards[1].svg, cards[1].header, cards[1].rows) == ("", ["metric", "value"], rows)
+    assert page([run]).count("<details open>") == 1
+    other = Run("y", {"val/loss": curve, "test/HR@10": Series([0], [math.nan], [math.nan])})
+    last = sections([run, other])[0].cards[-1]
+    assert (last.header, last.rows[0]) == (["metric", "x", "y"], ["test/HR@10", "0.25", "not finite"])
+    tested_twice = Run("z", {"test/HR@10": Series([0, 20], [0.2, 0.3], [math.nan, math.nan])})
+    assert [card.title for card in sections([run, tested_twice])[0].cards][1] == "test/HR@10"

@@ -96,6 +96,13 @@ def test_the_folder_of_a_csv_logger(tmp_path: Path) -> None:
     assert "2 lines of metrics.csv cannot be read" in run.notes[1]
 
 
+@pytest.mark.parametrize(("folder", "name"), [("a/csv", "a/csv"), ("a/version_12", "a/version_12"), ("a/b", "b")])
+def test_a_loggers_version_is_no_name_without_what_it_is_of(tmp_path: Path, folder: str, name: str) -> None:
+    (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / folder / "metrics.csv").write_text("a,epoch,step\n1.5,0,9\n")
+    assert read_run(tmp_path / folder).name == name
+
+
 def test_every_place_of_a_run(tmp_path: Path, write_run: Callable[..., Path]) -> None:
     folder = write_run(tmp_path / "named")
     assert read_run(folder).name == read_run(folder / "report").name == "a run"
