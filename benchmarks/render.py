@@ -128,7 +128,7 @@ FILTERS = {
 def measured(results: Path, goal: Goal) -> tuple[dict[str, Any], float] | None:
     """The newest row that has a goal's figure, and the figure."""
     for row in reversed(rows_of(results, goal.result)):
-        if goal.column in row:
+        if goal.column in row and goal.where.items() <= row.items():
             return row, float(row[goal.column])
     return None
 

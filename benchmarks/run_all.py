@@ -16,7 +16,7 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -110,7 +110,7 @@ def run(part: Part, data: Path | None = None) -> str | None:
 
 def figures(part: Part) -> str:
     """The figures with a goal that a part has just measured."""
-    found = [(goal, measured(RESULTS, goal)) for goal in GOALS if goal.result == part.result]
+    found = [(goal, measured(RESULTS, replace(goal, where={}))) for goal in GOALS if goal.result == part.result]
     return ", ".join(
         f"{goal.column} {short(of[1])}{'' if goal.reached(of[1]) else f' (goal {goal.goal:g}, missed)'}"
         for goal, of in found

@@ -74,6 +74,15 @@ def test_the_table_marks_what_is_missed_and_leaves_out_what_is_not_measured(tmp_
     assert "nothing yet" not in table
 
 
+def test_a_goal_is_of_rows_that_have_what_it_asks_for(tmp_path):
+    write_rows(
+        tmp_path, "a", [{"commit": "abc", "x": 1.4, "malloc": "default"}, {"commit": "b", "x": 2, "malloc": "own"}]
+    )
+    for where, found in (({}, 2), ({"malloc": "default"}, 1.4), ({"malloc": "none"}, None)):
+        measured = render.measured(tmp_path, Goal("a", "x", 1, "x", where=where))
+        assert (measured and measured[1]) == found, where
+
+
 def test_readme_keeps_all_but_the_table(tmp_path):
     write_rows(tmp_path, "softmax", [{"commit": "abc", "softmax_speedup": 3.0}])
     page = render.readme_page(tmp_path, f"before\n{render.BEGIN}\nold\n{render.END}\nafter\n")
