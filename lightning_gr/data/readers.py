@@ -6,6 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
+from lightning_gr.data import parquet_file
+
 if TYPE_CHECKING:
     import polars as pl
 
@@ -46,7 +48,7 @@ def read_events(path: str | Path, format: LogFormat = "auto") -> pl.DataFrame:
     found = _detect(path) if format == "auto" else format
     readers: dict[str, Callable[[Path], pl.DataFrame]] = {
         "csv": _read_csv,
-        "parquet": _read_parquet,
+        "parquet": parquet_file.read,
         "s3rec": _read_s3rec,
         "movielens": _read_movielens,
     }
@@ -95,15 +97,6 @@ def _read_csv(path: Path) -> pl.DataFrame:
     try:
         return pl.read_csv(path, infer_schema=False)
     except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
-        raise _polars_error(path, error) from error
-
-
-def _read_parquet(path: Path) -> pl.DataFrame:
-    import polars as pl
-
-    try:
-        return pl.read_parquet(path)
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         raise _polars_error(path, error) from error
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lightning_gr.data import parquet_file
 from lightning_gr.data.declared_features import DeclaredFeature
 from lightning_gr.data.event_store import EventStore
 from lightning_gr.data.event_store.fields import ITEM, USER, VOCABULARY
@@ -118,7 +119,7 @@ def _vocabulary(store: EventStore, feature: DeclaredFeature) -> pl.Series:
     if feature.name == USER:
         values = pl.Series(store.users)
     elif file.is_file():
-        values = pl.read_parquet(file)["value"]
+        values = parquet_file.read(file)["value"]
     else:
         values = pl.Series(range(feature.cardinality), dtype=pl.Int64)
     whole = values.dtype.is_integer() and values.dtype != pl.UInt64

@@ -9,10 +9,12 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -229,12 +231,36 @@ def test_parts_of_a_second_order_events(tmp_path: Path) -> None:
     assert store.read_group(0).timestamps.tolist() == [1_650_000_000] * 3  # type: ignore[union-attr]
 
 
+def zstd(data: bytes) -> bytes:
+    return bytes(pa.compress(data, codec="zstd"))
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, zstd])
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_compressed_logs(form: str, compress: Callable[[bytes], bytes], tmp_path: Path) -> None:
+    rows = [(user, 10 * user + event, event) for user in range(5) for event in range(4)]
+    if form == "csv":
+        text = "user_id,item_id,timestamp\n" + "".join(f"{u},{i},{t}\n" for u, i, t in rows)
+    else:
+        text = "".join(f'{{"user_id": {u}, "item_id": {i}, "timestamp": {t}}}\n' for u, i, t in rows)
+    stores = []
+    for name, data in ((f"log.{form}", text.encode()), (f"log.{form}.packed", compress(text.encode()))):
+        (tmp_path / name).write_bytes(data)
+        stores.append(prepare(open_log(tmp_path / name, form), tmp_path / f"{name}-store"))
+    plain, packed = (store.read_group(0) for store in stores)
+    assert np.array_equal(stores[1].item_ids[packed.items], stores[0].item_ids[plain.items])
+    assert packed.timestamps is not None
+    assert packed.timestamps.tolist() == [t for _, _, t in rows]
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         (b"user_id,item_id,timestamp\n", r"log\.csv: the log has no events"),
         (b"user_id,item_id\n1,2\n3,4,5\n", r"log\.csv: cannot be read \(found more fields"),
         (gzip.compress(b"user_id,item_id\n" + b"1,2\n" * 10**5)[:200], r"log\.csv: "),
+        (b"\x28\xb5\x2f\xfd", r"log\.csv: no zstd file that can be read \(Truncated"),
+        (zstd(b"user_id,item_id\n" + b"1,2\n" * 10**5)[:20], r"log\.csv: no zstd file that can be read \(Truncated"),
     ],
 )
 def test_a_file_that_cannot_be_used_is_named(content: bytes, message: str, tmp_path: Path) -> None:

@@ -101,8 +101,8 @@ def test_byte_order_mark_and_blank_lines(tmp_path: Path) -> None:
         ("1::2::3::noon\n", "auto", ["row 1", "timestamp", "noon"]),
         ("hello, world\n", "auto", ["line 1", "hello, world", "CSV"]),
         ("1 2 3\n", "csv", ["no column user_id"]),
-        ("1 2 3\n", "parquet", ["cannot be read"]),
-        (b"PAR1 torn", "auto", ["cannot be read"]),
+        ("1 2 3\n", "parquet", ["no Parquet file"]),
+        (b"PAR1 torn", "auto", ["no Parquet file"]),
         (b"1 2\n\xff\xfe 3\n", "auto", ["UTF-8"]),
     ],
 )

@@ -119,14 +119,24 @@ def test_a_panic_of_polars_is_a_refusal_that_names_the_file(tmp_path: Path, monk
     def panics(*args: Any, **kwargs: Any) -> Any:
         raise pl.exceptions.PanicException("assertion failed")
 
-    path = tmp_path / "events.parquet"
-    pl.DataFrame({"user_id": [1], "item_id": [2]}).write_parquet(path)
-    monkeypatch.setattr(pl, "read_parquet", panics)
-    with pytest.raises(ValueError, match=r"events\.parquet: cannot be read \(assertion failed\)"):
+    path = tmp_path / "events.csv"
+    path.write_text("user_id,item_id\n1,2\n")
+    monkeypatch.setattr(pl, "read_csv", panics)
+    with pytest.raises(ValueError, match=r"events\.csv: cannot be read \(assertion failed\)"):
         read_events(path)
 
 
-def test_a_nul_in_the_name_of_a_column_is_refused(tmp_path: Path) -> None:
+def test_a_line_end_inside_a_header_of_movies_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "ratings.csv").write_text("userId,movieId,rating,timestamp\n1,2,3,4\n")
+    for content in (b"movieId\r,genres\n2,Drama\n", b"movieId,genres\n2,Dra\rma\n"):
+        (tmp_path / "movies.csv").write_bytes(content)
+        log = open_log(tmp_path)
+        assert log.items is not None
+        with pytest.raises(ValueError, match=r"movies\.csv: line \d cannot be read \(.+\); get the file again"):
+            log.items.frame()
+
+
+def test_a_name_of_a_column_that_no_store_can_hold_is_refused(tmp_path: Path) -> None:
     from lightning_gr.data.formats import Columns
     from lightning_gr.data.prepare import prepare
 
@@ -134,6 +144,10 @@ def test_a_nul_in_the_name_of_a_column_is_refused(tmp_path: Path) -> None:
     atomic.write_bytes(b"user_id:token\titem_id:token\tra\0ting:float\n1\t2\t3\n")
     with pytest.raises(ValueError, match=r"ml\.inter: line 1 has the field 'ra\\x00ting:float'"):
         open_log(atomic)
+    for header, said in (("\t:float", "has the field ':float'"), ("\tuser_id:token", "has two fields user_id")):
+        atomic.write_text(f"user_id:token\titem_id:token{header}\n1\t2\t3\n")
+        with pytest.raises(ValueError, match=rf"ml\.inter: line 1 {said}"):
+            open_log(atomic)
     table = tmp_path / "events.jsonl"
     table.write_text('{"user_id": 1, "item_id": 2, "a\\u0000b": 3}\n')
     with pytest.raises(ValueError, match=r"a\\x00b.*NUL"):

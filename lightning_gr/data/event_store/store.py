@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lightning_gr.data import parquet_file
 from lightning_gr.data.event_store.fields import (
     EVENTS,
     INDEX,
@@ -176,20 +177,18 @@ class EventStore:
 
     def vocabulary(self, field: str) -> Array:
         """Raw value of each code of a sparse field; the codes themselves where the store keeps no vocabulary."""
-        import polars as pl
-
         file = self.path / VOCABULARY / f"{field}.parquet"
         if not file.is_file():
             sizes = {f.name: f.cardinality for f in self.fields} | {ITEM: self.num_items}
             return np.arange(sizes[field] or 0)
-        return pl.read_parquet(file)["value"].to_numpy()
+        return parquet_file.read(file)["value"].to_numpy()
 
     @cached_property
     def users(self) -> Array:
         """Raw user id of each row."""
         import polars as pl
 
-        frames = [pl.read_parquet(part, columns=[USER]) for part in self.parts]
+        frames = [parquet_file.read(part, [USER]) for part in self.parts]
         return pl.concat(frames)[USER].to_numpy() if frames else np.zeros(0, dtype=np.int64)
 
     def items(self) -> pl.DataFrame:
@@ -197,7 +196,7 @@ class EventStore:
         import polars as pl
 
         file = self.path / ITEMS
-        return pl.read_parquet(file) if file.is_file() else pl.DataFrame()
+        return parquet_file.read(file) if file.is_file() else pl.DataFrame()
 
 
 def jagged(column: pa.ChunkedArray) -> tuple[Array, Array]:

@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_gr.data import parquet_file
 from lightning_gr.data.event_log import Features
 
 if TYPE_CHECKING:
     import polars as pl
 
 _KEYS = ("path", "sparse", "dense")
-_READERS = {".parquet": "read_parquet", ".pq": "read_parquet", ".jsonl": "read_ndjson", ".ndjson": "read_ndjson"}
 
 
 def open_features(option: str, settings: Mapping[str, Any] | None, key: str) -> Features | None:
@@ -49,9 +49,10 @@ def open_features(option: str, settings: Mapping[str, Any] | None, key: str) -> 
         import polars as pl
 
         try:
-            reader = _READERS.get(path.suffix)
-            if reader is not None:
-                frame: pl.DataFrame = getattr(pl, reader)(path)
+            if path.suffix in (".parquet", ".pq"):
+                frame = parquet_file.read(path)
+            elif path.suffix in (".jsonl", ".ndjson"):
+                frame = pl.read_ndjson(path)
             else:
                 frame = pl.read_csv(path, infer_schema=False, encoding="utf8-lossy")
         except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:

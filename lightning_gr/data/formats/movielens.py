@@ -118,11 +118,16 @@ def _read_movies(path: Path) -> pl.DataFrame:
     genres: list[list[str]] = []
     if path.suffix == ".csv":
         rows = csv.DictReader(line for _, line in lines(path))
-        if missing := [name for name in ("movieId", "genres") if name not in (rows.fieldnames or ())]:
-            raise ValueError(f"{path}: has no column {missing[0]}; it has {', '.join(rows.fieldnames or ())[:200]}")
-        for row in rows:
-            ids.append(row["movieId"])
-            genres.append(_split(row["genres"] or ""))
+        try:
+            if missing := [name for name in ("movieId", "genres") if name not in (rows.fieldnames or ())]:
+                raise ValueError(f"{path}: has no column {missing[0]}; it has {', '.join(rows.fieldnames or ())[:200]}")
+            for row in rows:
+                ids.append(row["movieId"])
+                genres.append(_split(row["genres"] or ""))
+        except csv.Error as error:
+            raise ValueError(
+                f"{path}: line {rows.line_num + 1} cannot be read ({error}); get the file again"
+            ) from error
     else:
         separator = "|" if path.name == "u.item" else "::"
         for number, line in lines(path):

@@ -76,10 +76,12 @@ def _header(path: Path) -> dict[str, str]:
     kinds = {}
     for field in first_line(path).split("\t"):
         name, _, kind = field.strip().partition(":")
-        if kind not in _TYPES or "\0" in name:
+        if kind not in _TYPES or "\0" in name or not name:
             raise ValueError(
                 f"{path}: line 1 has the field {field!r}; expected name:type with one of {', '.join(_TYPES)}"
             )
+        if name in kinds:
+            raise ValueError(f"{path}: line 1 has two fields {name}; rename one")
         kinds[name] = kind
     return kinds
 

@@ -12,6 +12,7 @@ from glob import glob
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning_gr.data import parquet_file
 from lightning_gr.data.event_log import EventLog
 from lightning_gr.data.formats.feature_file import open_features
 from lightning_gr.data.formats.text import first_line, first_lines, opened, scan_json
@@ -125,15 +126,7 @@ def open_parquet(
         users: features of users in a file beside the log: `path`, `sparse` and `dense`; see `open_features`.
         items: the same of items.
     """
-    import polars as pl
-
-    def names(file: Path) -> list[str]:
-        try:
-            return list(pl.read_parquet_schema(file))
-        except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
-            raise ValueError(f"{file}: no Parquet file that can be read ({str(error).splitlines()[0]})") from error
-
-    log = _log("parquet", _files(path, "parquet"), pl.scan_parquet, columns, names, first_row=1)
+    log = _log("parquet", _files(path, "parquet"), parquet_file.scan, columns, parquet_file.column_names, first_row=1)
     return _with_features(log, users, items)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import zlib
 from collections.abc import Iterator, Sequence
@@ -36,11 +37,15 @@ def opened(path: Path) -> Iterator[BinaryIO]:
                 import pyarrow as pa
 
                 with pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), "zstd") as stream:
-                    yield cast(BinaryIO, stream)
+                    yield io.BufferedReader(stream)  # the stream itself has no lines
             else:
                 yield raw
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise ValueError(f"{path}: no gzip file that can be read ({error}); get it again") from error
+        except OSError as error:
+            if magic != _ZSTD:
+                raise
+            raise ValueError(f"{path}: no zstd file that can be read ({error}); get it again") from error
 
 
 def lines(path: Path) -> Iterator[tuple[int, str]]:
