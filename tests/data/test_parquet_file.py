@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_gr.data import parquet_file
+from tests.fuzz.outcome import refusal
 
 ROWS = 1000
 
@@ -117,7 +118,5 @@ def test_damage_is_refused_or_does_not_matter(
     for where, how in places:
         content[int(where * len(content))] ^= how
     path.write_bytes(content)
-    try:
-        parquet_file.read(path)
-    except ValueError as error:
-        assert str(error).startswith(f"{path}: ")
+    said = refusal(lambda: parquet_file.read(path))
+    assert said is None or said.startswith(f"{path}: ")
