@@ -96,7 +96,7 @@ def _read_csv(path: Path) -> pl.DataFrame:
 
     try:
         return pl.read_csv(path, infer_schema=False)
-    except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
         raise _polars_error(path, error) from error
 
 

@@ -103,6 +103,7 @@ def test_byte_order_mark_and_blank_lines(tmp_path: Path) -> None:
         ("1 2 3\n", "csv", ["no column user_id"]),
         ("1 2 3\n", "parquet", ["no Parquet file"]),
         (b"PAR1 torn", "auto", ["no Parquet file"]),
+        (b"\x28\xb5\x2f\xfd", "csv", ["cannot be read"]),
         (b"1 2\n\xff\xfe 3\n", "auto", ["UTF-8"]),
     ],
 )

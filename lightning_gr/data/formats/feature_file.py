@@ -55,7 +55,7 @@ def open_features(option: str, settings: Mapping[str, Any] | None, key: str) -> 
                 frame = pl.read_ndjson(path)
             else:
                 frame = pl.read_csv(path, infer_schema=False, encoding="utf8-lossy")
-        except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
             raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]}); get it again") from error
         frame = frame.rename({name: name.strip() for name in frame.columns})
         if missing := [name for name in names if name not in frame.columns]:

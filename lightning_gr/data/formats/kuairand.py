@@ -198,7 +198,7 @@ def _reader(
             except pl.exceptions.InvalidOperationError:
                 # A cell is no number after all; prepare takes text too.
                 return chosen.collect()
-        except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
             raise ValueError(f"{files[0]}: cannot be read ({str(error).splitlines()[0]}); get it again") from error
 
     return read

@@ -113,7 +113,7 @@ def _features(path: Path, key: str) -> Features | None:
         split = [pl.col(name).str.split(" ").list.eval(pl.element().filter(pl.element() != "")) for name in lists]
         try:
             return _scan(path, list(header)).select(key, *sparse, *dense).with_columns(split).collect()
-        except (pl.exceptions.PolarsError, pl.exceptions.PanicException) as error:
+        except (pl.exceptions.PolarsError, pl.exceptions.PanicException, OSError) as error:
             raise ValueError(f"{path}: cannot be read ({str(error).splitlines()[0]}); get it again") from error
 
     sparse = tuple(name for name, kind in header.items() if kind in ("token", "token_seq") and name != key)
