@@ -61,7 +61,7 @@ def one_line(error: BaseException) -> str | None:
 
     A mistake is an error that lightning-gr, Lightning or the user's own code *raises*: the innermost frame decides, and
     an exception that the interpreter raises there (a failed unpacking, say) is a bug. One raised inside torch or any
-    other library is a bug too.
+    other library is a bug too. Lightning raises a `TypeError` for some settings; anywhere else that is a bug.
     """
     if isinstance(error, UserError):
         return str(error)
@@ -72,14 +72,16 @@ def one_line(error: BaseException) -> str | None:
     outermost, error = error, _unwrapped(error)
     misconfigured = any(cls.__name__ == "MisconfigurationException" for cls in type(error).__mro__)
     disk_full = isinstance(error, OSError) and error.errno == errno.ENOSPC
-    if not (misconfigured or disk_full or isinstance(error, _MISTAKES)) or isinstance(error, UnicodeError):
-        return None
     frame = _innermost(error)
     if frame is None:
         return None
-    if isinstance(error, ValueError) and not _raised_by_statement(frame):
-        return None
     package = frame.tb_frame.f_globals.get("__name__", "").partition(".")[0]
+    of_lightning = isinstance(error, TypeError) and package in _LIGHTNING
+    mistake = misconfigured or disk_full or of_lightning or isinstance(error, _MISTAKES)
+    if not mistake or isinstance(error, UnicodeError):
+        return None
+    if isinstance(error, (ValueError, TypeError)) and not _raised_by_statement(frame):
+        return None
     if package == "jsonargparse" and isinstance(error, ValueError):
         from lightning_gr.cli.parse_errors import boil
 

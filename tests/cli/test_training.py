@@ -59,6 +59,8 @@ class ToyCliModel(pl.LightningModule):
             import no_such_package_of_ours  # noqa: F401
         if self.fails == "unpacking":
             _a, _b = (1, 2, 3)  # type: ignore[misc]
+        if self.fails == "type":
+            raise TypeError("of the user's own code")
         if self.fails == "torch":
             torch.optim.SGD(self.parameters(), lr=-1.0)
         return self.layer(batch).sum()
@@ -189,7 +191,18 @@ def test_a_mistake_in_a_run(mistake: str, said: str, fails: Callable[..., str]) 
     assert re.match(said, line := fails("fit", *MODEL, "--model.fails", mistake, *QUIET)), line
 
 
-@pytest.mark.parametrize(("bug", "kind"), [("unpacking", ValueError), ("torch", ValueError), ("init bug", ValueError)])
+def test_a_number_of_devices_that_a_processor_has_not(fails: Callable[..., str]) -> None:
+    """Lightning's own word for it is a TypeError."""
+    line = fails("fit", *MODEL, "--trainer.accelerator", "cpu", "--trainer.devices=-1")
+    assert line.startswith("`devices` selected with `CPUAccelerator` should be an int > 0. (raised in cpu.py, line "), (
+        line
+    )
+
+
+@pytest.mark.parametrize(
+    ("bug", "kind"),
+    [("unpacking", ValueError), ("torch", ValueError), ("init bug", ValueError), ("type", TypeError)],
+)
 def test_a_bug_keeps_its_traceback(bug: str, kind: type[Exception], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(kind):
         main(["fit", *MODEL, "--model.fails", bug, *QUIET])
