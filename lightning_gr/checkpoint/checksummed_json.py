@@ -21,7 +21,7 @@ def from_json(data: bytes, *, format: str) -> dict[str, Any]:
     Raises:
         ValueError: it is no JSON, of another format, or damaged.
     """
-    content = json.loads(data)
+    content = json.loads(data.decode())  # of bytes, UTF-16 and UTF-32 would be taken, too
     if not isinstance(content, dict) or content.get("format") != format:
         raise ValueError(f"its format is not {format!r}")
     checksum = content.pop("checksum", None)

@@ -247,6 +247,10 @@ def test_any_single_byte_of_a_manifest(copy: Path) -> None:
             survived += 1
     assert said == {str(path)}
     assert survived < len(whole) // 10, "white space"
+    for codec in ("utf-8-sig", "utf-16", "utf-16-le", "utf-32-le"):
+        path.write_bytes(whole.decode().encode(codec))
+        with pytest.raises(ValueError, match=r"manifest\.json: damaged"):
+            Manifest.read(Storage(copy / "2.ckpt"))
 
 
 def load_hurt(path: str, hurts: list[tuple[str, int]]) -> list[tuple[str, bool]]:
