@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import polars as pl
 
 _BATCH_ROWS = 1 << 16
+_BUFFER_BYTES = 1 << 20
 
 
 def column_names(file: Path) -> list[str]:
@@ -74,7 +75,8 @@ def _frames(file: Path, columns: Sequence[str] | None, rows: int) -> Iterator[pl
     import pyarrow.parquet as pq
 
     wanted = None if columns is None else list(columns)
-    with _refused(file), pq.ParquetFile(file, memory_map=True) as parquet:
+    # Buffered, so that a row group need not fit in memory.
+    with _refused(file), pq.ParquetFile(file, pre_buffer=False, buffer_size=_BUFFER_BYTES) as parquet:
         for batch in parquet.iter_batches(batch_size=rows, columns=wanted):
             # Of text that is no UTF-8, which Parquet's reader does not look at, polars would make strings.
             batch.validate(full=True)
