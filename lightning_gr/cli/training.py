@@ -30,6 +30,7 @@ from lightning_gr.callbacks import InitFrom, ResumeCheckpoint
 from lightning_gr.cli.config_trust import FLAG, Trust, is_denied
 from lightning_gr.cli.demo_data import make_where_absent
 from lightning_gr.cli.errors import USER_ERROR, UserError, one_line
+from lightning_gr.cli.null_settings import refuse_null
 from lightning_gr.cli.parse_errors import boil, boil_config
 from lightning_gr.cli.quiet import quiet_library_noise
 from lightning_gr.cli.recipes import resolve_config
@@ -228,6 +229,7 @@ class GRCLI(LightningCLI):
             settings.weights_only = True  # Lightning would unpickle what comes from a URL
         if settings.get(_ADAPT):
             _let_adapt(settings)
+        refuse_null(settings.as_dict())
         make_where_absent(settings.get("data.init_args.path"))
 
     @override

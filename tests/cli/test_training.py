@@ -116,6 +116,18 @@ MODEL = ["--model", "ToyCliModel"]
         (["--model", "torch.nn.Linear"], "model: torch.nn.Linear: not the right kind of class; "),
         ([*MODEL, "--model.widht", "3"], "model.init_args.widht: ToyCliModel has no such option; did you mean width?"),
         ([*MODEL, "--model.width", "x"], "model.init_args.width: expected int, got 'x'"),
+        (
+            [*MODEL, "--model.width", "null"],
+            "model.init_args.width: expected int, got null; give a value, or leave it out",
+        ),
+        (
+            [*MODEL, "--data", "SequenceDataModule", "--data.path", "x.csv", "--data.max_length", "null"],
+            "data.init_args.max_length: expected int, got null",
+        ),
+        (
+            [*MODEL, "--trainer.strategy", "SequenceBalancedStrategy", "--trainer.strategy.pipeline_depth", "null"],
+            "trainer.strategy.init_args.pipeline_depth: expected int, got null",
+        ),
         ([*MODEL, "--model.kind", "blue"], "model.init_args.kind: expected one of red, green, got 'blue'"),
         (
             [*MODEL, "--model.encoder", "ToyCliEncoder", "--model.encoder.dim", "x"],
